@@ -1,0 +1,1 @@
+"""One file per paper: Config, objective, train. Papers never import papers."""

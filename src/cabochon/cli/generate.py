@@ -1,0 +1,214 @@
+"""`cabochon generate MODEL`: goes on from prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from cabochon.cli.configuration import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cabochon.core import Backbone, Completion, Key
+    from cabochon.data.tokenizer import Tokenizer
+    from cabochon.generation.engine import Settings
+
+__all__ = ["GenerateSettings", "cut_at_stop", "main", "stop_ids"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """What to go on from, and how."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A model folder, or a run directory (its newest checkpoint)."""
+    prompt: tuple[str, ...] = ()
+    """One or more texts to go on from; `--prompt ""` begins with nothing."""
+    file: str = ""
+    """Prompts of a file, or of standard input if `-`: lines, or .jsonl with `prompt` or `text`."""
+    chat: bool = False
+    """Each prompt is a user's message, answered through the chat template."""
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_k: int = 0
+    """Draw among this many; 0: all."""
+    top_p: float = 1.0
+    """Draw from this much of the probability; 1: all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion (EOS always does); they are cut from the text."""
+    samples: int = 1
+    """Completions of each prompt."""
+    seed: int = 0
+    """The same seed, prompt and settings write the same text."""
+    precision: Literal["stored", "float32", "bf16"] = "stored"
+    """What to compute in."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    threads: int = 0
+    """Of torch on the CPU; 0: OMP_NUM_THREADS, or one a core."""
+    json: bool = False
+    """One JSON object a completion on standard output: tokens, text, logprobs (nats)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes completions to standard output."""
+    settings = parse(
+        GenerateSettings, argv, prog="cabochon generate", description="Go on from prompts."
+    )
+    prompts = _prompts(settings)
+    from cabochon.cli.machine import load_backbone, use_threads
+    from cabochon.core import Key
+    from cabochon.generation.engine import Settings
+
+    use_threads(settings.threads)
+    model, tokenizer = load_backbone(settings.model, settings.precision, settings.device)
+    how = Settings(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_ids=stop_ids(tokenizer, settings.stop, chat=settings.chat),
+    )
+    encoded = [_encode(tokenizer, prompt, chat=settings.chat) for prompt in prompts]
+    key = Key(settings.seed, ("generate",))
+    if settings.samples == 1 and len(encoded) == 1 and not settings.json:
+        _stream(model, tokenizer, encoded[0], how, key, settings.stop)
+        return 0
+    _batch(model, tokenizer, encoded, how, key, settings)
+    return 0
+
+
+def stop_ids(tokenizer: Tokenizer, stops: Sequence[str], *, chat: bool) -> tuple[int, ...]:
+    """EOS, the end of a turn in a chat, and those of `stops` that are control tokens."""
+    ids: list[int | None] = [tokenizer.eos_id, tokenizer.end_of_turn_id if chat else None]
+    for stop in stops:
+        found, _ = tokenizer.encode_with_controls(stop)
+        if len(found) == 1 and tokenizer.is_control(found[0]):
+            ids += found
+    return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
+
+
+def cut_at_stop(
+    tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]
+) -> tuple[int, str] | None:
+    """How many tokens it takes to complete the first stop text, and the text before it.
+
+    None if the tokens' text holds none of `stops`.
+    """
+    text = tokenizer.decode(ids)
+    if not any(stop in text for stop in stops if stop):
+        return None
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        places = [text.find(stop) for stop in stops if stop and stop in text]
+        if places:
+            return count, text[: min(places)]
+    raise AssertionError
+
+
+def _prompts(settings: GenerateSettings) -> list[str]:
+    from cabochon.core.errors import ConfigError, DataError
+
+    if settings.prompt and settings.file:
+        raise ConfigError("give --prompt or --file, not both")
+    if settings.prompt:
+        return list(settings.prompt)
+    if not settings.file:
+        if sys.stdin.isatty():
+            raise ConfigError('nothing to go on from: give --prompt "TEXT", --file FILE or a pipe')
+        return [sys.stdin.read().removesuffix("\n")]
+    if settings.file == "-":
+        return [line for line in sys.stdin.read().splitlines() if line.strip()]
+    found = list(_lines(Path(settings.file)))
+    if not found:
+        raise DataError(f"{settings.file} holds no prompt")
+    return found
+
+
+def _lines(path: Path) -> Iterator[str]:
+    from cabochon.core.errors import DataError
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+        text = record.get("prompt", record.get("text")) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f"{path}, line {number}: no text in a field `prompt` or `text`")
+        yield text
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> Tensor:
+    import torch
+
+    if chat:
+        from cabochon.data.chat import Message, encode_prompt
+
+        ids = encode_prompt(tokenizer, [Message(role="user", content=prompt)])
+    else:
+        ids = tokenizer.encode(prompt, bos=True)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _stream(
+    model: Backbone,
+    tokenizer: Tokenizer,
+    prompt: Tensor,
+    how: Settings,
+    key: Key,
+    stops: Sequence[str],
+) -> None:
+    from cabochon.cli.stream import write_stream
+
+    write_stream(model, tokenizer, prompt, how, key, stops, sys.stdout)
+    print()
+
+
+def _batch(
+    model: Backbone,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Tensor],
+    how: Settings,
+    key: Key,
+    settings: GenerateSettings,
+) -> None:
+    from cabochon.cli.output import answer
+    from cabochon.generation.engine import generate
+
+    groups = generate(model, prompts, how, key, settings.samples)
+    for index, group in enumerate(groups):
+        for sample, completion in enumerate(group.completions):
+            result = _result(tokenizer, completion, settings.stop)
+            if settings.json:
+                answer({**result, "prompt": index, "sample": sample})
+            else:
+                print(f"--- prompt {index}, sample {sample}", file=sys.stderr)
+                print(result["text"], flush=True)
+
+
+def _result(tokenizer: Tokenizer, completion: Completion, stops: Sequence[str]) -> dict[str, Any]:
+    ids, logprobs = completion.tokens.tolist(), completion.logprob.tolist()
+    stopped, text = completion.stopped, tokenizer.decode(ids)
+    cut = cut_at_stop(tokenizer, ids, stops)
+    if cut is not None:
+        count, text = cut
+        ids, logprobs, stopped = ids[:count], logprobs[:count], True
+    return {"tokens": ids, "text": text, "logprobs": logprobs, "stopped": stopped}

@@ -1,0 +1,110 @@
+"""What the verbs `train`, `resume`, `plan` and `doctor` need to know about an algorithm."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from cabochon.cli.rows import Rows
+from cabochon.cli.settings import RunSettings
+from cabochon.cli.words import unknown
+from cabochon.core import Objective, Policy, Step, TokenBatch
+from cabochon.core.errors import ConfigError
+from cabochon.data.tokenizer import Tokenizer
+from cabochon.training.optimizers import OptimizerConfig
+
+__all__ = [
+    "ALGORITHMS",
+    "Method",
+    "Recipe",
+    "Train",
+    "TrainingSettings",
+    "recipe_of",
+    "split_words",
+]
+
+ALGORITHMS = {
+    "pretrain": "cabochon.cli.pretrain",
+    "sft": "cabochon.cli.sft",
+}
+"""Algorithm -> the module whose RECIPE says how to run it."""
+
+Train = Callable[[Iterable[TokenBatch], Optimizer, int], Iterator[Step]]
+"""(micro-batches, optimizer, first update) -> the updates from there to the last."""
+
+
+class Method(Protocol):
+    """What every paper's Config has."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+
+
+class TrainingSettings(Protocol):
+    """What the settings of every algorithm have."""
+
+    @property
+    def run(self) -> RunSettings: ...
+    @property
+    def method(self) -> Method: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+
+
+S = TypeVar("S", bound=TrainingSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Generic[S]):
+    """One algorithm, as the binary runs it."""
+
+    name: str
+    purpose: str
+    """What `--help` says."""
+    settings: type[S]
+    chat: bool
+    """The data are conversations."""
+    pack: Callable[[S, Tokenizer], Rows]
+    """The rows that it learns from."""
+    train: Callable[[S, nn.Module, Tokenizer], Train]
+    """Loads what else it needs (a teacher) and gives its training loop."""
+    objective: Callable[[S, Policy | None], Objective[Policy, TokenBatch]]
+    """What is minimised, given a teacher or none."""
+    folders: Callable[[S], dict[str, str]]
+    """Further model folders that the result depends on, by the name of their setting."""
+
+
+def recipe_of(algorithm: str) -> Recipe[Any]:
+    """The recipe called `algorithm`.
+
+    Raises:
+        ConfigError: there is none; the nearest is named.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(unknown("algorithm", algorithm, ALGORITHMS))
+    recipe: Recipe[Any] = importlib.import_module(ALGORITHMS[algorithm]).RECIPE
+    return recipe
+
+
+def split_words(verb: str, argv: Sequence[str]) -> tuple[Recipe[Any], Sequence[str]] | None:
+    """The recipe that the first word names, and the words after it; None after `--help`.
+
+    Raises:
+        ConfigError: the first word names no algorithm.
+    """
+    if argv and argv[0] in {"-h", "--help"}:
+        print(f"usage: cabochon {verb} ALGORITHM [OPTIONS]\n")
+        for name in ALGORITHMS:
+            print(f"  {name:<10}  {recipe_of(name).purpose}")
+        print(f"\ncabochon {verb} ALGORITHM --help lists the options.")
+        return None
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(f"which algorithm? cabochon {verb} {' | '.join(ALGORITHMS)} ...")
+    return recipe_of(argv[0]), argv[1:]

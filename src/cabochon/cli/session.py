@@ -1,0 +1,225 @@
+"""One training run from settings to result: prepare everything, then record the updates.
+
+Whatever can be wrong is found while preparing, before a run directory exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cabochon import folders
+from cabochon.cli.inputs import fingerprints
+from cabochon.cli.machine import (
+    DTYPES,
+    device_of,
+    model_folder,
+    refuse_rows_beyond,
+    tokenizer_of,
+)
+from cabochon.cli.recipe import Recipe, Train
+from cabochon.cli.rows import Rows
+from cabochon.cli.settings import RunSettings, shape
+from cabochon.core import Key, Step
+from cabochon.core.errors import ConfigError, TokenizerMismatch
+from cabochon.data.tokenizer import Tokenizer
+from cabochon.models.foreign import ForeignModel
+from cabochon.models.gemma.config import GemmaConfig
+from cabochon.models.gemma.decoder import Gemma
+from cabochon.models.gemma.presets import PRESETS, preset
+from cabochon.training import parallel
+from cabochon.training.checkpoint import TrainingState
+from cabochon.training.metrics import Record
+from cabochon.training.optimizers import adamw
+from cabochon.training.precision import float32_weights
+from cabochon.training.runs import Outcome, Run, supervise
+from cabochon.weights.ema import ema
+
+__all__ = ["Session", "begins_from_folder", "config_for", "load_tokenizer", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that a run needs, ready to make its first update."""
+
+    settings: Any
+    model: Gemma | ForeignModel
+    tokenizer: Tokenizer
+    rows: Rows
+    optimizer: Optimizer
+    train: Train
+    average: Mapping[str, Tensor]
+    """The moving average of the weights, in place; empty when there is none."""
+    inputs: Mapping[str, Any]
+    """Hashes of what the result depends on."""
+
+    @property
+    def run(self) -> RunSettings:
+        """The part of the settings that all algorithms share."""
+        settings: RunSettings = self.settings.run
+        return settings
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that an update reads, padding included."""
+        return self.run.batch_size * self.run.context * int(self.settings.method.accumulate)
+
+    def steps(self, start: int) -> Iterator[Step]:
+        """The updates from `start` on; the moving average follows each."""
+        key = Key(self.run.seed, ("data",))
+        taken = start * self.settings.method.accumulate
+        device = device_of(self.run.device)
+        batches = self.rows.batches(
+            key, self.run.batch_size, taken, rank=parallel.rank(), ranks=parallel.ranks()
+        )
+        on_device = (batch.to(device) for batch in batches)
+        for step in self.train(on_device, self.optimizer, start):
+            if self.average:
+                ema(self.average, float32_weights(self.model), self.run.ema, out=self.average)
+            yield step
+
+    def record(
+        self, run: Run, observers: Sequence[Callable[[Record], None]], *, at: int | None = None
+    ) -> Outcome:
+        """Makes the updates that are left, in the run directory `run`, from checkpoint `at` on."""
+        return supervise(
+            run,
+            self.steps,
+            TrainingState(
+                save_model=lambda folder: folders.save(self.model, self.tokenizer, folder),
+                load_model=self._load,
+                optimizer=self.optimizer,
+                ema=self.average,
+            ),
+            save_every=self.run.checkpoint_every,
+            keep=self.run.keep,
+            observers=observers,
+            at=at,
+        )
+
+    def _load(self, folder: Path) -> None:
+        stored, _ = folders.load(
+            folder, dtype=DTYPES[self.run.precision], device=device_of(self.run.device)
+        )
+        self.model.load_state_dict(stored.state_dict())
+
+
+def prepare(recipe: Recipe[Any], settings: Any) -> Session:
+    """Reads, packs and builds what `settings` name.
+
+    Raises:
+        ConfigError: a setting is missing or does not fit another.
+        DataError: the data cannot be used.
+        TokenizerMismatch: tokenizer, model and teacher do not belong together.
+        FolderError: a folder is absent or incomplete.
+    """
+    run: RunSettings = settings.run
+    if not run.data:
+        raise ConfigError(
+            f"{recipe.name} needs data: --data FILE ... (.jsonl, .parquet, .txt, a folder, stdlib)"
+        )
+    tokenizer = load_tokenizer(run)
+    tokenizer.learnable_end()
+    rows = recipe.pack(settings, tokenizer)
+    model = _model(run, tokenizer)
+    train = recipe.train(settings, model, tokenizer)
+    average = {}
+    if run.ema:
+        average = {name: weight.clone() for name, weight in float32_weights(model).items()}
+    return Session(
+        settings=settings,
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows,
+        optimizer=adamw(model, settings.optimizer),
+        train=train,
+        average=average,
+        inputs=fingerprints(run, tokenizer, _folders(recipe, settings)),
+    )
+
+
+def load_tokenizer(run: RunSettings) -> Tokenizer:
+    """The tokenizer that was named, or the model folder's own.
+
+    Raises:
+        ConfigError: there is neither.
+        TokenizerMismatch: both are there and differ.
+    """
+    own = Tokenizer.load(model_folder(run.model.source)) if begins_from_folder(run) else None
+    if not run.tokenizer:
+        if own is None:
+            raise ConfigError(
+                "a new model needs a tokenizer: --tokenizer FOLDER "
+                "(make one: cabochon data tokenizer --data FILE --out FOLDER)"
+            )
+        return own
+    named = tokenizer_of(run.tokenizer)
+    unlike = own.difference(named) if own is not None else None
+    if unlike is not None:
+        raise TokenizerMismatch(
+            f"the tokenizer of {run.model.source} and the one in {run.tokenizer} differ: {unlike}; "
+            "leave --tokenizer out to use the model's own"
+        )
+    return named
+
+
+def begins_from_folder(run: RunSettings) -> bool:
+    """True if the run goes on from a model folder, False if it makes a new model of a preset."""
+    return run.model.source not in PRESETS and Path(run.model.source).exists()
+
+
+def config_for(run: RunSettings, tokenizer: Tokenizer) -> GemmaConfig:
+    """The shape of the new model: the preset with what was changed, and the tokenizer's ids.
+
+    Raises:
+        ConfigError: no such preset, or sizes that do not make a Gemma.
+    """
+    if run.model.source not in PRESETS and "/" in run.model.source:
+        raise ConfigError(
+            f"--model {run.model.source} is neither a folder that is there nor a preset "
+            f"({', '.join(PRESETS)})"
+        )
+    config = shape(run.model, preset(run.model.source))
+    return dataclasses.replace(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        context=max(config.context, run.context),
+        pad_id=tokenizer.control("pad"),
+        eos_id=tokenizer.learnable_end(),
+        bos_id=tokenizer.control("bos"),
+    )
+
+
+def _model(run: RunSettings, tokenizer: Tokenizer) -> Gemma | ForeignModel:
+    dtype, device = DTYPES[run.precision], device_of(run.device)
+    if begins_from_folder(run):
+        changed = [k for k, v in vars(run.model).items() if k != "source" and v is not None]
+        if changed:
+            raise ConfigError(
+                f"{run.model.source} is a trained model; its {', '.join(changed)} cannot be changed"
+            )
+        model, _ = folders.load(model_folder(run.model.source), dtype=dtype, device=device)
+        refuse_rows_beyond(model.context, run.context, run.model.source)
+        if isinstance(model, Gemma):
+            model.checkpoint_activations = run.checkpoint_activations
+        elif run.checkpoint_activations:
+            raise ConfigError("checkpoint_activations works with Gemma models only")
+        return model
+    config = config_for(run, tokenizer)
+    fresh = Gemma.init(config, Key(run.seed, ("weights",)), dtype, device=device)
+    fresh.checkpoint_activations = run.checkpoint_activations
+    return fresh
+
+
+def _folders(recipe: Recipe[Any], settings: Any) -> dict[str, Path]:
+    """Every model folder that the result depends on, by the name of its setting."""
+    named = {k: model_folder(v) for k, v in recipe.folders(settings).items()}
+    if begins_from_folder(settings.run):
+        named["model"] = model_folder(settings.run.model.source)
+    return named

@@ -1,0 +1,74 @@
+"""Every error raised on purpose, in one tree.
+
+    CabochonError
+    |- ConfigError (ValueError)        a setting is unknown, of the wrong type or out of range
+    |- DataError (ValueError)          text, records or token files cannot be used as they are
+    |- TokenizerMismatch (ValueError)  a tokenizer is not the one its model was made with
+    |- WeightsMismatch (ValueError)    tensors missing, surplus, or of another shape or type
+    |- FolderError (OSError)           a model folder or run directory is absent or incomplete
+    |- CheckpointError (OSError)       a checkpoint is damaged or could not be written
+    |- RunChanged (RuntimeError)       resuming with another config, data or weight file
+    |- NonFinite (ArithmeticError)     a loss or a gradient is NaN or infinite
+    |- MissingExtra (ImportError)      an optional part is not installed
+
+Each message says what came, what was expected and what to do. The second parent lets callers who
+know only Python's own errors catch them too.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CabochonError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FolderError",
+    "MissingExtra",
+    "NonFinite",
+    "RunChanged",
+    "TokenizerMismatch",
+    "WeightsMismatch",
+]
+
+
+class CabochonError(Exception):
+    """Everything that cabochon raises on purpose."""
+
+
+class ConfigError(CabochonError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class DataError(CabochonError, ValueError):
+    """Text, records or token files cannot be used as they are."""
+
+
+class TokenizerMismatch(CabochonError, ValueError):
+    """A tokenizer is not the one its model was made with."""
+
+
+class WeightsMismatch(CabochonError, ValueError):
+    """Tensors are missing, surplus, or of another shape or type than the model's."""
+
+
+class FolderError(CabochonError, OSError):
+    """A model folder or run directory is absent or incomplete."""
+
+
+class CheckpointError(CabochonError, OSError):
+    """A checkpoint is damaged or could not be written."""
+
+
+class RunChanged(CabochonError, RuntimeError):
+    """A run is resumed with another config, data file or weight file than it began with."""
+
+
+class NonFinite(CabochonError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+class MissingExtra(CabochonError, ImportError):
+    """An optional part is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}; install it: pip install 'cabochon[{extra}]'")

@@ -1,0 +1,1 @@
+"""Text in, token rows out: tokenizers, chats, readers, the embedded corpus, packing, mixtures."""

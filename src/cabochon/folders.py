@@ -1,0 +1,159 @@
+"""Model folders: a model and its tokenizer together, in the layout of Hugging Face.
+
+A folder saved here records the fingerprint of its tokenizer in config.json, under the key
+`cabochon`, which transformers keeps and ignores. A tokenizer of the same size but of other content
+is thereby refused when the folder is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from cabochon.core.errors import TokenizerMismatch
+from cabochon.data.tokenizer import Tokenizer
+from cabochon.models.foreign import ForeignModel, read_foreign, write_foreign
+from cabochon.models.gemma.convert import read_gemma, write_gemma
+from cabochon.models.gemma.decoder import Gemma
+from cabochon.models.shards import read_json, weight_files, write_json
+
+__all__ = ["check_tokenizer", "fingerprint", "load", "load_model", "save"]
+
+_OURS = "cabochon"
+
+
+def load(
+    folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[Gemma | ForeignModel, Tokenizer]:
+    """The model and the tokenizer of a Hugging Face folder, once they are sure to belong together.
+
+    Args:
+        folder: config.json, safetensors and tokenizer.json.
+        dtype: cast the weights to this type; None keeps the folder's.
+        device: where the parameters go.
+
+    Raises:
+        FolderError: a file is absent, incomplete or damaged.
+        ConfigError: config.json describes what our decoder does not compute.
+        WeightsMismatch: a tensor is missing, surplus, misshaped or of another type.
+        TokenizerMismatch: the tokenizer is not the model's, or its EOS cannot be learned.
+        MissingExtra: the model is no Gemma, and transformers is not installed.
+    """
+    folder = Path(folder)
+    # First what is quick to read: weights may take minutes.
+    values = read_json(folder / "config.json")
+    weight_files(folder)
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.learnable_end()
+    _check_recorded(folder, values, tokenizer)
+    model = load_model(folder, dtype=dtype, device=device)
+    check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Gemma | ForeignModel:
+    """The model of a Hugging Face folder: a Gemma by our decoder, any other by transformers.
+
+    Raises:
+        FolderError: a file is absent, incomplete or damaged.
+        ConfigError: config.json describes a Gemma that our decoder does not compute.
+        WeightsMismatch: a tensor is missing, surplus, misshaped or of another type.
+        MissingExtra: the model is no Gemma, and transformers is not installed.
+    """
+    folder = Path(folder)
+    kind = read_json(folder / "config.json").get("model_type")
+    read = read_gemma if kind in ("gemma", "gemma2") else read_foreign
+    return read(folder, dtype, device)
+
+
+def save(
+    model: Gemma | ForeignModel,
+    tokenizer: Tokenizer,
+    folder: Path | str,
+    *,
+    max_shard_bytes: int = 4 * 1024**3,
+) -> None:
+    """Write a folder that `load`, and transformers, read.
+
+    Args:
+        model: written in the type of its parameters.
+        tokenizer: the one the model was made with; its fingerprint is recorded.
+        folder: made if absent; an earlier save in it is replaced.
+        max_shard_bytes: of one safetensors file.
+
+    Raises:
+        TokenizerMismatch: the tokenizer cannot be the model's, or its EOS cannot be learned.
+        FolderError: a file could not be written.
+    """
+    folder = Path(folder)
+    tokenizer.learnable_end()
+    check_tokenizer(model, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, Gemma):
+        write_gemma(model, folder, max_shard_bytes=max_shard_bytes)
+    else:
+        write_foreign(model, folder, max_shard_bytes=max_shard_bytes)
+    tokenizer.save(folder)
+    values = read_json(folder / "config.json")
+    values[_OURS] = {"tokenizer": tokenizer.fingerprint()}
+    write_json(folder / "config.json", values)
+
+
+def fingerprint(folder: Path | str) -> dict[str, str]:
+    """SHA-256 of each weight file of a model folder, by file name.
+
+    Raises:
+        FolderError: the folder has no safetensors, or lacks a shard.
+    """
+    digests = {}
+    for path in weight_files(Path(folder)):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def check_tokenizer(model: Gemma | ForeignModel, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose ids the model has no rows for, or gives another meaning.
+
+    Raises:
+        TokenizerMismatch: it has more entries than the embedding has rows (fewer is common: rows
+            are padded), or, for a Gemma, another BOS, EOS or padding than the configuration.
+    """
+    if isinstance(model, ForeignModel):
+        rows = model.inner.get_input_embeddings().weight.shape[0]
+        _check_rows(rows, tokenizer)
+        return
+    config = model.config
+    _check_rows(config.vocab_size, tokenizer)
+    for name, expected in (("pad", config.pad_id), ("eos", config.eos_id), ("bos", config.bos_id)):
+        found = getattr(tokenizer, f"{name}_id")
+        if found is not None and found != expected:
+            raise TokenizerMismatch(
+                f"the tokenizer's {name.upper()} is id {found}, the model's is {expected}; give "
+                f"the tokenizer the model was made with, or set {name}_id in the model's "
+                "configuration before it is trained"
+            )
+
+
+def _check_rows(rows: int, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > rows:
+        raise TokenizerMismatch(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model's embedding {rows} "
+            "rows; give the tokenizer the model was made with"
+        )
+
+
+def _check_recorded(folder: Path, values: dict[str, object], tokenizer: Tokenizer) -> None:
+    """Compare with the fingerprint that `save` recorded, where it did."""
+    ours = values.get(_OURS)
+    recorded = ours.get("tokenizer") if isinstance(ours, dict) else None
+    if recorded is not None and recorded != (found := tokenizer.fingerprint()):
+        raise TokenizerMismatch(
+            f"{folder} holds another tokenizer than its model was made with (fingerprint "
+            f"{found[:12]}, recorded {str(recorded)[:12]}); put the model's own tokenizer.json "
+            "and tokenizer_config.json back"
+        )

@@ -1,0 +1,289 @@
+"""Sums over rows of logits that exist one chunk at a time.
+
+`linear_sums` unembeds a chunk of rows into one reused buffer, has a `RowScore` write the gradient
+over the logits, and multiplies it out into the gradients of the hidden states and of the head while
+the chunk is still at hand, so the backward pass has nothing left to do but scale. `dense_sums` does
+the same for logits of any origin, through autograd.
+
+The soft-cap is computed through the logistic function, cap tanh(z / cap) = cap (2 s - 1) with
+s = 1 / (1 + exp(-2 z / cap)), which vectorises several times better than tanh, and exponentials
+are taken in base 2 for the same reason. (The logistic function errs by 2^-24 of the cap where tanh
+errs by as much of its value, so a cap that is meant to do nothing goes through tanh.) All of it
+happens in float32 (float64 for float64 inputs) on blocks of rows that stay in the processor's
+cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cabochon.core import LinearPrediction
+from cabochon.core.errors import ConfigError
+
+__all__ = ["RowScore", "RowSoftmax", "blocks", "dense_sums", "linear_sums", "wide", "wide_dtype"]
+
+_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+"""Logits of one chunk when the caller names no chunk: rows x vocabulary."""
+_BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+"""Logits that are worked on at once; on a CPU a few such blocks fit in its cache."""
+_LARGEST_LOGISTIC_CAP = 100.0
+"""Above it a soft-cap through the logistic function would err by more than about 1e-5."""
+_TAME_OCTAVES = 100.0
+"""Sums of 2 ** exponent over any vocabulary stay inside float32 for exponents of this size."""
+_HEAD_BLOCK = 4096
+"""Rows of the head whose gradient is added to the float32 sum at once."""
+
+
+class RowScore(Protocol):
+    """A loss of independent rows of logits."""
+
+    size: int
+    """How many sums it gives, the loss first."""
+
+    def __call__(self, raw: Tensor, span: slice, gradient: bool) -> Tensor:
+        """The sums of the rows `span`, whose unembedded hidden states are `raw` (n V).
+
+        With `gradient`, d loss / d raw is written over `raw`.
+        """
+        ...
+
+
+class RowSoftmax:
+    """The soft-capped, tempered softmax of blocks of rows, in buffers used again and again."""
+
+    def __init__(self, prediction: LinearPrediction | None) -> None:
+        """Of a linear prediction; of logits that need nothing more where it is None."""
+        cap = prediction.cap if prediction is not None else None
+        temperature = prediction.temperature if prediction is not None else 1.0
+        self._gain, scale, self.slope = 1.0, 1.0 / temperature, 1.0 / temperature
+        self._bend: Callable[[Tensor], Tensor] | None = None
+        self._middle = 0.0
+        if cap is not None and cap <= _LARGEST_LOGISTIC_CAP:
+            self._bend, self._unbend = torch.sigmoid_, torch.ops.aten.sigmoid_backward.grad_input
+            self._gain, scale, self.slope = 2.0 / cap, 2.0 * cap * scale, 4.0 * self.slope
+            self._middle = 0.5
+        elif cap is not None:
+            self._bend, self._unbend = torch.tanh_, torch.ops.aten.tanh_backward.grad_input
+            self._gain, scale = 1.0 / cap, cap * scale
+        self._octaves = scale / math.log(2.0)
+        # Capped logits this small cannot overflow: their highest need not be found first.
+        self._tame = cap is not None and cap / temperature / math.log(2.0) < _TAME_OCTAVES
+        self._buffers: dict[str, Tensor] = {}
+
+    def block(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor of the shape of `like`; the same memory each time."""
+        held = self._buffers.get(name)
+        if held is None or held.shape[0] < like.shape[0]:
+            held = self._buffers[name] = torch.empty_like(like, dtype=dtype)
+        return held[: like.shape[0]]
+
+    def open(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """(inner, exponent) of a block: p is proportional to 2 ** exponent.
+
+        `inner` is the value of the soft-cap's function, or `raw` itself without a cap.
+        """
+        dtype = wide_dtype(raw.dtype)
+        inner = self.block("inner", raw, dtype)
+        inner.copy_(raw)
+        if self._bend is not None:
+            self._bend(inner.mul_(self._gain))
+        exponent = self.block("exponent", raw, dtype)
+        if self._tame:
+            middle = torch.full((), -self._middle * self._octaves, dtype=dtype, device=raw.device)
+            torch.add(middle, inner, alpha=self._octaves, out=exponent)
+        else:
+            torch.sub(inner, inner.amax(-1, keepdim=True), out=exponent).mul_(self._octaves)
+        return inner, exponent
+
+    def powers(self, exponent: Tensor) -> tuple[Tensor, Tensor]:
+        """(2 ** exponent beside it, its sum over each row, n 1)."""
+        power = torch.exp2(exponent, out=self.block("power", exponent, exponent.dtype))
+        return power, power.sum(-1, keepdim=True)
+
+    def close(self, by_logit: Tensor, inner: Tensor, raw: Tensor) -> None:
+        """Writes the gradient by `raw` over it, given slope x the gradient by the logits."""
+        if self._bend is not None:
+            self._unbend(by_logit, inner, grad_input=by_logit)
+        raw.copy_(by_logit)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What to do with hidden states and head, once and, for a retained graph, again."""
+
+    rows: Tensor
+    score: RowScore
+    chunk: int
+    hidden_wanted: bool
+    head_wanted: bool
+
+
+class _Context(Protocol):
+    """What autograd hands to both passes, and what the forward pass leaves in it."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor]
+    ready: list[Tensor | None] | None
+    work: _Work
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _LinearRows(torch.autograd.Function):
+    """Sums of a row loss of hidden @ head.T, with both gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context, hidden: Tensor, head: Tensor, rows: Tensor, score: RowScore, chunk: int
+    ) -> Tensor:
+        work = _Work(rows, score, chunk, *ctx.needs_input_grad[:2])
+        sums, *gradients = _accumulate(hidden, head, work)
+        if work.hidden_wanted or work.head_wanted:
+            ctx.save_for_backward(hidden, head)
+            ctx.ready, ctx.work = gradients, work
+        return sums.to(wide_dtype(hidden.dtype))
+
+    @staticmethod
+    def backward(ctx: _Context, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a chunked loss has no second derivative (create_graph=True was asked for); "
+                "compute this loss from prediction.logits instead"
+            )
+        # Scaled in place and given away the first time; a retained graph makes them anew.
+        gradients, ctx.ready = ctx.ready, None
+        if gradients is None:
+            _, *gradients = _accumulate(*ctx.saved_tensors, ctx.work)
+        by_hidden, by_head = (None if g is None else g.mul_(grad_sums[0]) for g in gradients)
+        return by_hidden, by_head, None, None, None
+
+
+def linear_sums(
+    prediction: LinearPrediction, rows: Tensor, score: RowScore, chunk: int | None
+) -> Tensor:
+    """The sums of `score` over the chosen flat positions; the first carries the gradient.
+
+    Autocast is left aside: what is multiplied is in the hidden states' type.
+
+    Args:
+        prediction: hidden states B T D and head V D, unembedded in the hidden states' type.
+        rows: n int64, flat positions of (B T), each at most once.
+        score: the loss of a span of those rows.
+        chunk: rows unembedded at once; None for as many as make about 16 million logits.
+
+    Raises:
+        ConfigError: `chunk` is not positive.
+    """
+    hidden, head = prediction.hidden, prediction.head.to(prediction.hidden.dtype)
+    if not torch.is_grad_enabled():
+        hidden, head = hidden.detach(), head.detach()
+    size = _chunk_rows(chunk, head.shape[0], head.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        sums: Tensor = _LinearRows.apply(hidden, head, rows, score, size)
+    return sums
+
+
+def _accumulate(
+    hidden: Tensor, head: Tensor, work: _Work
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(sums, gradient by hidden, gradient by head) over all chunks of rows."""
+    flat, rows, chunk = hidden.flatten(0, 1), work.rows, work.chunk
+    whole = len(rows) == len(flat)
+    sums = flat.new_zeros(work.score.size, dtype=torch.float64)
+    buffer = head.new_empty(min(chunk, len(rows)), head.shape[0])
+    grad_hidden = (
+        (torch.empty_like if whole else torch.zeros_like)(flat) if work.hidden_wanted else None
+    )
+    # Many small terms vanish in a bfloat16 sum, so several chunks are added up in float32.
+    dtype = head.dtype if len(rows) <= chunk else wide_dtype(head.dtype)
+    grad_head = torch.empty_like(head, dtype=dtype) if work.head_wanted else None
+    if grad_head is not None and len(rows) == 0:
+        grad_head.zero_()
+    for start in range(0, len(rows), chunk):
+        span = slice(start, min(start + chunk, len(rows)))
+        chosen = flat[span] if whole else flat[rows[span]]
+        raw = torch.mm(chosen, head.T, out=buffer[: len(chosen)])
+        sums += work.score(raw, span, work.hidden_wanted or work.head_wanted)
+        if grad_hidden is not None and whole:
+            torch.mm(raw, head, out=grad_hidden[span])
+        elif grad_hidden is not None:
+            grad_hidden[rows[span]] = raw @ head
+        if grad_head is not None:
+            _add_product(grad_head, raw, chosen, first=start == 0)
+    del buffer
+    return (
+        sums,
+        None if grad_hidden is None else grad_hidden.view_as(hidden),
+        None if grad_head is None else grad_head.to(head.dtype),
+    )
+
+
+def _add_product(total: Tensor, raw: Tensor, chosen: Tensor, *, first: bool) -> None:
+    """total += raw.T @ chosen (at first =), through a small buffer where the types differ."""
+    if total.dtype == raw.dtype:
+        torch.addmm(total, raw.T, chosen, beta=0 if first else 1, out=total)
+        return
+    for start in range(0, len(total), _HEAD_BLOCK):
+        part = raw[:, start : start + _HEAD_BLOCK].T @ chosen
+        block = total[start : start + _HEAD_BLOCK]
+        if first:
+            block.copy_(part)
+        else:
+            block.add_(part)
+
+
+def dense_sums(
+    chunk_sums: Callable[[int, int], Tensor], rows: Tensor, size: int, chunk: int | None
+) -> Tensor:
+    """Adds `size` sums over spans of rows; each span's logits are made anew in the backward pass.
+
+    Args:
+        chunk_sums: (start, stop) to the sums of rows start to stop (exclusive).
+        rows: n, only counted.
+        size: how many sums.
+        chunk: rows in a span; None for 512.
+
+    Raises:
+        ConfigError: `chunk` is not positive.
+    """
+    step = _chunk_rows(chunk, _CHUNK_ELEMENTS["cpu"] // 512, rows.device)
+    sums = torch.zeros(size, device=rows.device)
+    for start in range(0, len(rows), step):
+        stop = min(start + step, len(rows))
+        sums = sums + checkpoint(
+            chunk_sums, start, stop, use_reentrant=False, preserve_rng_state=False
+        )
+    return sums
+
+
+def _chunk_rows(chunk: int | None, vocabulary: int, device: torch.device) -> int:
+    if chunk is None:
+        return max(1, _CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"] // vocabulary)
+    if chunk < 1:
+        raise ConfigError(f"chunk must be at least 1 row, got {chunk}")
+    return chunk
+
+
+def blocks(raw: Tensor) -> Iterator[slice]:
+    """Slices of rows that are worked on at once."""
+    elements = _BLOCK_ELEMENTS["cuda" if raw.is_cuda else "cpu"]
+    step = max(1, elements // raw.shape[1])
+    for start in range(0, len(raw), step):
+        yield slice(start, min(start + step, len(raw)))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32, or float64 for float64: what losses are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """The same numbers in `wide_dtype`."""
+    return logits.to(wide_dtype(logits.dtype))

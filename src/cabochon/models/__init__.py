@@ -1,0 +1,1 @@
+"""Models: the Gemma family, and any other causal language model through transformers."""

@@ -1,0 +1,254 @@
+"""Gemma 1 and Gemma 2: one decoder, of which the configuration chooses the generation.
+
+Source: Gemma report (arXiv:2403.08295) section 2, Gemma 2 report (arXiv:2408.00118) section 2.
+Differs: q, k, v are one matrix, and so are gate and up; what is computed is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from torch.utils.checkpoint import checkpoint
+
+from cabochon.core.errors import DataError
+from cabochon.core.keys import Key
+from cabochon.core.types import LinearPrediction, TokenBatch
+from cabochon.models.gemma.cache import Attend, GemmaCache
+from cabochon.models.gemma.config import GemmaConfig
+from cabochon.models.gemma.kernels import (
+    Visibility,
+    geglu_linear,
+    norm_linear,
+    rms_norm,
+    rope,
+    rotated_attention,
+)
+from cabochon.models.gemma.step import PackedPrediction, Step
+
+__all__ = ["Block", "Gemma"]
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""qkv (B T (N + 2K) H), cosine and sine (B T H/2) -> B T N H, what attention mixes."""
+
+
+class Block(nn.Module):
+    """Attention, then the gated unit, each normalised before (and, in Gemma 2, after)."""
+
+    def __init__(
+        self, config: GemmaConfig, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        width, heads, kv_heads = config.width, config.heads, config.kv_heads
+        self._shape = (heads, kv_heads, config.head_width)
+        self._eps = config.norm_eps
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
+
+        self.attention_norm = zeros(width)
+        self.qkv = zeros((heads + 2 * kv_heads) * config.head_width, width)
+        """Rows: all of q (head by head), of k, of v."""
+        self.attention_out = zeros(width, heads * config.head_width)
+        self.ffn_norm = zeros(width)
+        self.gate_up = zeros(2 * config.ffn_width, width)
+        """Rows: the gate, then up."""
+        self.ffn_out = zeros(width, config.ffn_width)
+        self.attention_post_norm = zeros(width) if config.post_norms else None
+        self.ffn_post_norm = zeros(width) if config.post_norms else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mix: Mix) -> Tensor:
+        """B T D: the residual stream after this block.
+
+        Args:
+            x: B T D: the stream before it.
+            cos: B T H/2, of the positions' angles.
+            sin: B T H/2, likewise.
+            mix: rotates queries and keys and mixes values, of the batch itself or of a cache.
+        """
+        heads, kv_heads, head_width = self._shape
+        qkv = norm_linear(x, self.attention_norm, self.qkv, self._eps)
+        mixed = mix(qkv.unflatten(-1, (heads + 2 * kv_heads, head_width)), cos, sin)
+        change = linear(mixed.flatten(-2), self.attention_out)
+        if self.attention_post_norm is not None:
+            change = rms_norm(change, self.attention_post_norm, self._eps)
+        x = x + change
+        gate_up = norm_linear(x, self.ffn_norm, self.gate_up, self._eps)
+        change = geglu_linear(gate_up, self.ffn_out)
+        if self.ffn_post_norm is not None:
+            change = rms_norm(change, self.ffn_post_norm, self._eps)
+        return x + change
+
+
+class Gemma(nn.Module):
+    """A Gemma 1 or Gemma 2, with zeros for weights until some are drawn or read.
+
+    Built on the device "meta" it costs nothing and still knows its shapes.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        *,
+        checkpoint_activations: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = checkpoint_activations
+        """Keep only the stream between blocks for the backward pass and compute the rest again."""
+        size = (config.vocab_size, config.width)
+        self.embedding = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+        self.blocks = nn.ModuleList(
+            Block(config, device=device, dtype=dtype) for _ in range(config.layers)
+        )
+        self.final_norm = nn.Parameter(torch.zeros(config.width, device=device, dtype=dtype))
+
+    @classmethod
+    def init(
+        cls,
+        config: GemmaConfig,
+        key: Key,
+        dtype: torch.dtype = torch.float32,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Gemma:
+        """A new model: matrices normal with standard deviation 0.02, norm weights 0.
+
+        Each tensor has its own stream of `key`, drawn in float32 on the CPU, so that the weights
+        depend on neither device nor type.
+        """
+        model = cls(config, device=device, dtype=dtype)
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                drawn = torch.randn(weight.shape, generator=key.fold(name).generator())
+                weight.data.copy_(drawn.mul_(0.02))
+        return model
+
+    def forward(
+        self, batch: TokenBatch, cache: GemmaCache | None = None
+    ) -> LinearPrediction | PackedPrediction:
+        """Predictions for every token of `batch`, computed in the type of the weights.
+
+        With a cache the past comes from it, the new tokens go into it, and no gradient is made.
+        Autocast is left aside: kernels written by hand do without it. For bfloat16 products, give
+        the model bfloat16 weights.
+
+        Raises:
+            DataError: the cache is of another configuration, or the tokens do not follow its past.
+        """
+        device = batch.tokens.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._forward(batch, cache)
+        return self._forward(batch, cache)
+
+    def _forward(
+        self, batch: TokenBatch, cache: GemmaCache | None
+    ) -> LinearPrediction | PackedPrediction:
+        if cache is None:
+            return self._predict(batch, self._mixes(batch))
+        if cache.config is not self.config and cache.config != self.config:
+            raise DataError(
+                "the cache is of a model of another configuration (its window, perhaps); make it "
+                "with new_cache of the model that decodes"
+            )
+        with torch.no_grad():
+            if batch.shape[1] == 1:
+                return self._step(batch, cache)
+            heads = self.config.heads
+            return self._predict(batch, [_rotated(a, heads) for a in cache.attends(batch)])
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest document the model is meant for."""
+        return self.config.context
+
+    def new_cache(self, rows: int, capacity: int) -> GemmaCache:
+        """An empty cache for `rows` sequences of at most `capacity` tokens."""
+        weight = self.embedding
+        return GemmaCache(self.config, rows, capacity, device=weight.device, dtype=weight.dtype)
+
+    def with_window(self, window: int | None) -> Gemma:
+        """The same parameters (shared, not copied) with another window in the sliding layers."""
+        other = copy.copy(self)
+        other.config = replace(self.config, window=window)
+        return other
+
+    def _step(self, batch: TokenBatch, cache: GemmaCache) -> PackedPrediction:
+        step, weight = cache.step, self.embedding
+        if step is None or not step.is_of(self.blocks, weight, self.final_norm):
+            step = cache.step = Step(
+                self.config, self.blocks, weight, self.final_norm, batch.shape[0]
+            )
+        x = embedding(batch.tokens, weight) * _embedding_scale(self.config.width, weight.dtype)
+        cos, sin = _rotation(batch.positions, self.config, weight.dtype)
+        return step(x, cos, sin, cache.attends_one(batch))
+
+    def _mixes(self, batch: TokenBatch) -> list[Mix]:
+        config = self.config
+        sights = {
+            window: Visibility(batch.documents, batch.positions, window)
+            for window in set(config.layer_windows)
+        }
+        return [
+            partial(
+                rotated_attention,
+                visibility=sights[window],
+                heads=config.heads,
+                scale=config.scale,
+                cap=config.attention_cap,
+            )
+            for window in config.layer_windows
+        ]
+
+    def _predict(self, batch: TokenBatch, mixes: list[Mix]) -> LinearPrediction:
+        config, weight = self.config, self.embedding
+        x = embedding(batch.tokens, weight) * _embedding_scale(config.width, weight.dtype)
+        cos, sin = _rotation(batch.positions, config, weight.dtype)
+        again = self.checkpoint_activations and torch.is_grad_enabled()
+        for block, mix in zip(self.blocks, mixes, strict=True):
+            if again:
+                x = checkpoint(block, x, cos, sin, mix, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mix)
+        hidden = rms_norm(x, self.final_norm, config.norm_eps)
+        return LinearPrediction(hidden=hidden, head=weight, cap=config.final_cap)
+
+
+def _rotated(attend: Attend, heads: int) -> Mix:
+    """What attends to a cache, for queries and keys that are not yet rotated."""
+
+    def mix(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = (heads + qkv.shape[2]) // 2
+        qk = rope(qkv[:, :, :turned], cos, sin)
+        return attend(qk[:, :, :heads], qk[:, :, heads:], qkv[:, :, turned:])
+
+    return mix
+
+
+@lru_cache(maxsize=64)
+def _embedding_scale(width: int, dtype: torch.dtype) -> float:
+    """sqrt(width), rounded to the type of the activations as the published models were trained."""
+    return float(torch.tensor(math.sqrt(width), dtype=dtype))
+
+
+@lru_cache(maxsize=64)
+def _frequencies(head_width: int, base: float, device: torch.device) -> Tensor:
+    """H/2 float32: radians per position of each pair."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
+    return 1.0 / base**exponents
+
+
+def _rotation(positions: Tensor, config: GemmaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each B T H/2, of every position's angles, computed in float32."""
+    frequencies = _frequencies(config.head_width, config.rope_base, positions.device)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,0 +1,1 @@
+"""Several runs that make one thing: plain loops over algorithms."""

@@ -1,0 +1,55 @@
+"""times.json: how long the stages of a pipeline took that keep no metrics, and its peak memory.
+
+Apart from the results, because these figures differ from one run to the next and nothing else does.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cabochon.training import files
+
+__all__ = ["note_memory", "timed", "write_json"]
+
+
+@contextmanager
+def timed(folder: Path, stage: str) -> Iterator[None]:
+    """Notes the seconds that the block took, unless it fails."""
+    begin = time.perf_counter()
+    yield
+    times = _read(folder)
+    times["seconds"][stage] = round(time.perf_counter() - begin, 3)
+    write_json(folder / "times.json", times)
+
+
+def note_memory(folder: Path) -> None:
+    """Notes the most memory that this process has held, if it is the most so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
+    times = _read(folder)
+    times["peak_memory_bytes"] = max(peak_bytes, times["peak_memory_bytes"])
+    write_json(folder / "times.json", times)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes beside the file, then renames: it is there in full or as it was."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(
+        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
+    )
+    files.flush(partial)
+    partial.replace(path)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "times.json"
+    if not path.is_file():
+        return {"seconds": {}, "peak_memory_bytes": 0}
+    return dict(json.loads(path.read_text("utf-8")))

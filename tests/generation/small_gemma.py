@@ -1,0 +1,41 @@
+"""A small Gemma 2 whose every weight is random, so that nothing is near a special value."""
+
+from __future__ import annotations
+
+import torch
+
+from cabochon.core import Key
+from cabochon.models.gemma.config import GemmaConfig
+from cabochon.models.gemma.decoder import Gemma
+
+CONFIG = GemmaConfig(
+    vocab_size=61,
+    width=32,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_width=12,
+    ffn_width=40,
+    query_scalar=9,
+    window=6,
+    attention_cap=4.0,
+    final_cap=5.0,
+    post_norms=True,
+    context=64,
+)
+
+
+def small_gemma(config: GemmaConfig = CONFIG, dtype: torch.dtype = torch.float32) -> Gemma:
+    model = Gemma(config, dtype=dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            drawn = torch.randn(weight.shape, generator=Key(11).fold(name).generator())
+            weight.copy_(drawn * (0.3 if weight.ndim == 1 else 1.5 / weight.shape[-1] ** 0.5))
+    return model
+
+
+def random_prompts(*lengths: int) -> list[torch.Tensor]:
+    return [
+        torch.randint(3, CONFIG.vocab_size, (length,), generator=Key(12).fold(place).generator())
+        for place, length in enumerate(lengths)
+    ]
