@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cabochon.core import LinearPrediction
+from cabochon.core.autocast import without_autocast
 from cabochon.core.errors import ConfigError
 
 __all__ = ["RowScore", "RowSoftmax", "blocks", "dense_sums", "linear_sums", "wide", "wide_dtype"]
@@ -185,7 +186,7 @@ def linear_sums(
     if not torch.is_grad_enabled():
         hidden, head = hidden.detach(), head.detach()
     size = _chunk_rows(chunk, head.shape[0], head.device)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         sums: Tensor = _LinearRows.apply(hidden, head, rows, score, size)
     return sums
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
+from cabochon.core.autocast import without_autocast
 from cabochon.core.errors import DataError
 from cabochon.core.keys import Key
 from cabochon.core.types import LinearPrediction, TokenBatch
@@ -144,11 +145,8 @@ class Gemma(nn.Module):
         Raises:
             DataError: the cache is of another configuration, or the tokens do not follow its past.
         """
-        device = batch.tokens.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._forward(batch, cache)
-        return self._forward(batch, cache)
+        with without_autocast(batch.tokens.device):
+            return self._forward(batch, cache)
 
     def _forward(
         self, batch: TokenBatch, cache: GemmaCache | None
