@@ -89,6 +89,21 @@ def test_another_tokenizer_of_the_same_size_is_refused(
         cabochon.load(folder)
 
 
+def test_a_save_that_is_interrupted_leaves_nothing_that_loads_as_a_mixture(
+    folder: Path, model: Gemma, other: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a folder's tokenizer may go with weights that were made with another one."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cabochon.models.gemma.convert.write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cabochon.save(model, other, folder)
+    with pytest.raises(TokenizerMismatch, match="another tokenizer than its model was made with"):
+        cabochon.load(folder)
+
+
 def test_one_changed_merge_is_enough_to_be_refused(folder: Path) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())

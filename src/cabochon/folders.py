@@ -7,13 +7,13 @@ is thereby refused when the folder is loaded.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from cabochon.core.errors import TokenizerMismatch
 from cabochon.data.tokenizer import Tokenizer
+from cabochon.files import sha256_of
 from cabochon.models.foreign import ForeignModel, read_foreign, write_foreign
 from cabochon.models.gemma.convert import read_gemma, write_gemma
 from cabochon.models.gemma.decoder import Gemma
@@ -92,12 +92,13 @@ def save(
     folder = Path(folder)
     tokenizer.learnable_end()
     check_tokenizer(model, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    # The tokenizer first: what a crash leaves of a save over an earlier one is then refused by the
+    # fingerprint in the earlier config.json.
+    tokenizer.save(folder)
     if isinstance(model, Gemma):
         write_gemma(model, folder, max_shard_bytes=max_shard_bytes)
     else:
         write_foreign(model, folder, max_shard_bytes=max_shard_bytes)
-    tokenizer.save(folder)
     values = read_json(folder / "config.json")
     values[_OURS] = {"tokenizer": tokenizer.fingerprint()}
     write_json(folder / "config.json", values)
@@ -109,11 +110,7 @@ def fingerprint(folder: Path | str) -> dict[str, str]:
     Raises:
         FolderError: the folder has no safetensors, or lacks a shard.
     """
-    digests = {}
-    for path in weight_files(Path(folder)):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: sha256_of(path) for path in weight_files(Path(folder))}
 
 
 def check_tokenizer(model: Gemma | ForeignModel, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -332,3 +333,25 @@ def test_a_character_in_bytes_appears_with_its_last_byte(tokenizer):
     stream = tokenizer.stream()
     assert [stream.feed(id_) for id_ in tokenizer.encode("🙂")[:2]] == ["", ""]
     assert stream.finish() == "\ufffd"
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    other = train_tokenizer(["while True: number = number // 17\n"], 272 + 4)
+    real = Path.write_text
+
+    def full(self, text, *args, **kwargs):
+        real(self, text[: len(text) // 2], *args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        other.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_save_over_another_one_leaves_no_template_of_it(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    Tokenizer(content, tokenizer.controls, settings={}).save(tmp_path)
+    assert Tokenizer.load(tmp_path).chat_template is None

@@ -194,7 +194,7 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_write_are_cleaned_and_nothing_else(tmp_path: Path) -> None:
     checkpoint.write(tmp_path, 1, Trainee().state)
-    for leftover in (".partial-step-2", ".discarded-step-0"):
+    for leftover in (".partial-step-2-abcd", ".discarded-step-0"):
         (tmp_path / leftover / "model").mkdir(parents=True)
         (tmp_path / leftover / "model" / "x").write_text("half")
     (tmp_path / ".notes").write_text("mine")
@@ -208,23 +208,23 @@ def test_every_file_is_on_the_disk_before_the_rename_and_the_folder_after(
 ) -> None:
     """Traces the real calls: what is flushed, and when the checkpoint becomes visible."""
     events: list[str] = []
-    real_fsync, real_rename = os.fsync, Path.rename
+    real_fsync, real_replace = os.fsync, Path.replace
 
     def fsync(descriptor: int) -> None:
         real_fsync(descriptor)
         events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    def rename(self: Path, target: Path) -> Path:
+    def replace(self: Path, target: Path) -> Path:
         events.append("rename")
-        return real_rename(self, target)
+        return real_replace(self, target)
 
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc to see which file a descriptor belongs to")
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", replace)
     path = checkpoint.write(tmp_path, 1, Trainee().state)
     at = events.index("rename")
-    partial = tmp_path / ".partial-step-1"
+    partial = Path(events[at - 1])
     flushed = {Path(event) for event in events[:at]}
     assert {partial / name for name in files_of(path)} | {partial, partial / "model"} <= flushed
     assert events[at + 1 :] == [str(tmp_path)]

@@ -171,8 +171,8 @@ def test_an_existing_folder_is_refused_and_an_empty_one_is_not(tmp_path: Path) -
 
 
 def test_a_creation_that_was_killed_leaves_no_run_and_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / ".partial-run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / ".partial-run" / "config.yaml").write_text("half")
+    (tmp_path / ".partial-run-abcd" / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / ".partial-run-abcd" / "run" / "config.yaml").write_text("half")
     with pytest.raises(FolderError, match=r"not a run directory: it has no config\.yaml"):
         Run(tmp_path / "run")
     begin(tmp_path / "run")

@@ -11,7 +11,7 @@ from cabochon.cli.settings import RunSettings
 from cabochon.data.corpus import standard_library
 from cabochon.data.documents import content_hash
 from cabochon.data.tokenizer import Tokenizer
-from cabochon.training.files import hashes_below, sha256_of
+from cabochon.files import hashes_below, sha256_of
 
 __all__ = ["fingerprints"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +18,7 @@ from cabochon.core.errors import ConfigError, DataError, FolderError, TokenizerM
 from cabochon.core.keys import Key
 from cabochon.core.types import TokenBatch
 from cabochon.data.order import Order
+from cabochon.files import sha256_of, whole
 
 __all__ = ["Packed", "PackedManifest", "shard"]
 
@@ -152,20 +151,15 @@ class Packed:
         Raises:
             FolderError: there is something at `folder` already.
         """
-        folder = Path(folder).absolute()
+        folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise FolderError(f"{folder} exists already; remove it or choose another folder")
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
+        with whole(folder) as aside:
+            aside.mkdir()
             save_file(dict(self._arrays), aside / _ROWS)
-            content = asdict(self.manifest) | {"sha256": {_ROWS: _sha256(aside / _ROWS)}}
+            content = asdict(self.manifest) | {"sha256": {_ROWS: sha256_of(aside / _ROWS)}}
             content["sha256"][_MANIFEST] = _content_sha256(content)
             (aside / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-            aside.replace(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
     @staticmethod
     def load(folder: str | Path) -> Packed:
@@ -191,7 +185,7 @@ class Packed:
             raise DataError(
                 f"{folder / _MANIFEST} is damaged: it is not what was written; pack again"
             )
-        found = _sha256(folder / _ROWS)
+        found = sha256_of(folder / _ROWS)
         if found != expected:
             raise DataError(
                 f"{folder / _ROWS} is damaged: its SHA-256 is {found[:12]}..., the manifest says "
@@ -235,8 +229,3 @@ def _mapped(path: Path) -> dict[str, NDArray[Any]]:
 
 def _content_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

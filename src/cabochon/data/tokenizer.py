@@ -29,6 +29,7 @@ from cabochon.data.tokenizer_files import (
     read_object,
     read_utf8,
 )
+from cabochon.files import write_whole
 
 __all__ = ["ControlIds", "StreamDecoder", "Tokenizer", "train_tokenizer"]
 
@@ -138,7 +139,7 @@ class Tokenizer:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each whole or not.
 
         transformers' AutoTokenizer reads them with the same ids. Two habits of its own remain: it
         puts <bos> in front unless add_special_tokens=False, and it takes control tokens written
@@ -152,11 +153,13 @@ class Tokenizer:
             id_ = getattr(self.controls, name)
             if id_ is not None:
                 settings[f"{name}_token"] = self._pieces[id_]
-        (folder / "tokenizer.json").write_text(self._json, "utf-8")
+        write_whole(folder / "tokenizer.json", self._json)
         text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
-        (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+        write_whole(folder / "tokenizer_config.json", text + "\n")
         if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+            write_whole(folder / "chat_template.jinja", self.chat_template)
+        else:
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
 
     @property
     def vocab_size(self) -> int:

@@ -52,6 +52,7 @@ from cabochon.evaluation.wording import (
     reading_text,
     verdict,
 )
+from cabochon.files import write_whole
 from cabochon.training.metrics import read_metrics
 
 __all__ = ["Training", "picture", "render"]
@@ -99,9 +100,9 @@ def render(folder: Path) -> Path:
         FolderError: it is neither, or a file in it is damaged.
     """
     page = _template().render(_page(folder))
-    partial = folder / ".partial-report.html"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(folder / "report.html")
+    path = folder / "report.html"
+    write_whole(path, page)
+    return path
 
 
 def picture(folder: Path, path: Path) -> Path:

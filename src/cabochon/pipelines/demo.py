@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cabochon.core.errors import ConfigError
 from cabochon.data import corpus
+from cabochon.files import whole
 from cabochon.pipelines import gemma2
 from cabochon.pipelines.recipe import Phase, Shape
 from cabochon.pipelines.stages import Event, Observe, nobody, opened
@@ -129,9 +129,7 @@ def _write_corpus(folder: Path, observe: Observe) -> None:
     if place.exists():
         return
     observe(Event(stage="corpus", steps=0, note="reads the standard library"))
-    with timed(folder, "corpus"):
-        aside = folder / ".partial-corpus"
-        shutil.rmtree(aside, ignore_errors=True)
+    with timed(folder, "corpus"), whole(place) as aside:
         aside.mkdir()
         library = corpus.standard_library(HELD_OUT_FRACTION)
         functions = corpus.summaries(HELD_OUT_FRACTION)
@@ -141,7 +139,6 @@ def _write_corpus(folder: Path, observe: Observe) -> None:
             _write_lines(aside / f"{name}.jsonl", rows)
         for name, found in (("chats", functions.train), ("held_out_chats", functions.held_out)):
             _write_lines(aside / f"{name}.jsonl", map(_conversation, found))
-        aside.rename(place)
 
 
 def _conversation(found: corpus.Summary) -> dict[str, str]:

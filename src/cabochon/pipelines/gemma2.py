@@ -28,6 +28,7 @@ from cabochon.algorithms import pretrain, sft
 from cabochon.core import Key, Step, TokenBatch
 from cabochon.core.errors import DataError
 from cabochon.data.packed import Packed
+from cabochon.files import hashes_below, sha256_of
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.pipelines import findings
@@ -44,7 +45,6 @@ from cabochon.pipelines.stages import (
     with_context,
 )
 from cabochon.pipelines.texts import Texts, prepared
-from cabochon.training.files import hashes_below, sha256_of
 from cabochon.training.optimizers import OptimizerConfig, adamw
 
 __all__ = ["Config", "Event", "Observe", "Phase", "Shape", "build", "nobody", "run"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from cabochon.data.packed import Packed
 from cabochon.data.packing import pack_conversations, pack_documents, pack_tokens
 from cabochon.data.readers import Conversation, read_chats, read_documents
 from cabochon.data.tokenizer import Tokenizer, train_tokenizer
+from cabochon.files import whole
 from cabochon.pipelines.recipe import Config
 from cabochon.pipelines.stages import Event, Observe
 from cabochon.pipelines.timing import timed
@@ -95,10 +95,8 @@ def _tokenizer(config: Config, folder: Path, observe: Observe) -> Tokenizer:
         observe(Event(stage="tokenizer", steps=0, note=f"learns {config.vocab_size} entries"))
         with timed(folder, "tokenizer"):
             texts = (each.text for each in read_documents(config.train))
-            aside = folder / ".partial-tokenizer"
-            shutil.rmtree(aside, ignore_errors=True)
-            train_tokenizer(texts, config.vocab_size).save(aside)
-            aside.rename(place)
+            with whole(place) as aside:
+                train_tokenizer(texts, config.vocab_size).save(aside)
     return Tokenizer.load(place)
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cabochon.training import files
+from cabochon.files import write_whole
 
 __all__ = ["note_memory", "timed", "write_json"]
 
@@ -39,13 +39,9 @@ def note_memory(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes beside the file, then renames: it is there in full or as it was."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(
-        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
-    )
-    files.flush(partial)
-    partial.replace(path)
+    """The file `path` with this content: there in full, or as it was."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(path, text + "\n")
 
 
 def _read(folder: Path) -> dict[str, Any]:

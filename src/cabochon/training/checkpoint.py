@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cabochon import files
 from cabochon.core.errors import CheckpointError
-from cabochon.training import files, optimizer_state
+from cabochon.training import optimizer_state
 
 __all__ = [
     "TrainingState",
@@ -67,36 +68,18 @@ def write(folder: Path, step: int, state: TrainingState) -> Path:
         CheckpointError: it could not be written, for want of space or another reason; earlier
             checkpoints are as they were and nothing of the new one is left.
     """
-    final, partial = folder / f"step-{step}", folder / f".partial-step-{step}"
+    final = folder / f"step-{step}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        partial.mkdir()
-        state.save_model(partial / "model")
-        save_file(optimizer_state.tensors_of(state.optimizer), partial / "optimizer.safetensors")
-        if state.ema:
-            average = {name: tensor.contiguous() for name, tensor in state.ema.items()}
-            save_file(average, partial / "ema.safetensors")
-        settings = {
-            "format": _FORMAT,
-            "step": step,
-            "optimizer": optimizer_state.json_of(state.optimizer),
-        }
-        (partial / "state.json").write_text(json.dumps(settings, indent=1) + "\n")
-        (partial / _CHECKSUMS).write_bytes(_checksums(files.hashes_below(partial)))
-        files.flush_tree(partial)
-        _discard(final)
-        partial.rename(final)
-        files.flush(folder)
+        with files.whole(final) as partial:
+            _write(partial, step, state)
+            if final.exists():
+                files.flush_tree(partial)
+                _discard(final)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"could not write checkpoint {final}: {error}; {_free(folder)}; "
             f"earlier checkpoints are intact ({_listed(folder)}); make room, then resume"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     _remove(folder / f".discarded-step-{step}")
     return final
 
@@ -204,6 +187,22 @@ def clean(folder: Path) -> None:
         for path in folder.iterdir():
             if path.name.startswith((".partial-step-", ".discarded-step-")):
                 _remove(path)
+
+
+def _write(partial: Path, step: int, state: TrainingState) -> None:
+    partial.mkdir()
+    state.save_model(partial / "model")
+    save_file(optimizer_state.tensors_of(state.optimizer), partial / "optimizer.safetensors")
+    if state.ema:
+        average = {name: tensor.contiguous() for name, tensor in state.ema.items()}
+        save_file(average, partial / "ema.safetensors")
+    settings = {
+        "format": _FORMAT,
+        "step": step,
+        "optimizer": optimizer_state.json_of(state.optimizer),
+    }
+    (partial / "state.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (partial / _CHECKSUMS).write_bytes(_checksums(files.hashes_below(partial)))
 
 
 def _checksums(hashes: Mapping[str, str]) -> bytes:

@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from cabochon.core.errors import FolderError, RunChanged
-from cabochon.training import files
+from cabochon.files import whole
 from cabochon.training.parallel import ranks
 
 __all__ = ["Run", "create"]
@@ -161,7 +160,6 @@ def create(folder: Path, *, config: str, inputs: Mapping[str, Any]) -> Run:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FolderError(f"{folder} exists already; resume that run, or choose another folder")
-    partial = folder.with_name(f".partial-{folder.name}")
     manifest = {
         "format": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -170,17 +168,12 @@ def create(folder: Path, *, config: str, inputs: Mapping[str, Any]) -> Run:
         "environment": _environment(),
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "checkpoints").mkdir(parents=True)
-        (partial / "config.yaml").write_text(config, encoding="utf-8")
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        (partial / "metrics.jsonl").touch()
-        files.flush_tree(partial)
-        partial.rename(folder)
-        files.flush(folder.parent)
+        with whole(folder) as partial:
+            (partial / "checkpoints").mkdir(parents=True)
+            (partial / "config.yaml").write_text(config, encoding="utf-8")
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            (partial / "metrics.jsonl").touch()
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise FolderError(f"could not make the run directory {folder}: {error}") from error
     return Run(folder)
 

@@ -10,7 +10,6 @@ pattern that cuts text before merging, so it may split runs of blanks otherwise 
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cabochon.core.errors import ConfigError, FolderError, MissingExtra
+from cabochon.files import whole
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.convert import hf_tensors
 from cabochon.models.gemma.decoder import Gemma
@@ -82,21 +82,19 @@ def write_gguf(
             "Hugging Face folder instead"
         )
     kind = "gemma2" if config.post_norms else "gemma"
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, kind)
-    _add_shape(writer, config)
-    _add_tokens(writer, gguf, config, tokenizer)
     query_gain = ((assumed_scalar or _assumed_by_llama_cpp(config)) / config.query_scalar) ** 0.5
-    for name, tensor in hf_tensors(model):
-        _add_tensor(writer, gguf, _name(name, config), tensor.detach().cpu(), query_gain)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
+        with whole(path) as partial:
+            writer = gguf.GGUFWriter(partial, kind)
+            _add_shape(writer, config)
+            _add_tokens(writer, gguf, config, tokenizer)
+            for name, tensor in hf_tensors(model):
+                _add_tensor(writer, gguf, _name(name, config), tensor.detach().cpu(), query_gain)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise FolderError(f"{path} could not be written: {error}") from error
 
 
