@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cabochon.core.errors import FolderError, WeightsMismatch
+from cabochon.files import flush, write_whole
 
 __all__ = [
     "INDEX",
@@ -219,22 +220,22 @@ def _take_over(folder: Path, aside: Path) -> None:
     if len(weights) > 1:
         _mark(weights)
     for path in aside.iterdir():
-        _flush(path)
+        flush(path)
     for path in weights:
         os.replace(path, folder / path.name)
-    _flush(folder)
+    flush(folder)
     if (aside / INDEX).is_file():
         os.replace(aside / INDEX, folder / INDEX)
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    _flush(folder)
+    flush(folder)
     kept = {path.name for path in weights}
     for path in folder.glob("model*.safetensors"):
         if path.name not in kept:
             path.unlink()
     for path in sorted(aside.iterdir()):
         os.replace(path, folder / path.name)
-    _flush(folder)
+    flush(folder)
 
 
 def _mark(weights: list[Path]) -> None:
@@ -286,15 +287,6 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file.
 
@@ -313,11 +305,8 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON object aside, then rename it into place."""
-    partial = path.with_name(path.name + _PARTIAL)
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, path)
+    """Write a JSON object: the file is there in full, or as it was."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
