@@ -2,7 +2,15 @@
 
 from cabochon.core.errors import CabochonError
 from cabochon.core.keys import Key
-from cabochon.core.protocols import Backbone, Cache, Objective, Policy, Prediction, Sampler
+from cabochon.core.protocols import (
+    Backbone,
+    Cache,
+    Objective,
+    Policy,
+    Prediction,
+    RewardFn,
+    Sampler,
+)
 from cabochon.core.types import (
     Completion,
     Group,
@@ -25,6 +33,7 @@ __all__ = [
     "Objective",
     "Policy",
     "Prediction",
+    "RewardFn",
     "Sampler",
     "Step",
     "TokenBatch",

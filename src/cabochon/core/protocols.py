@@ -13,7 +13,7 @@ from torch import Tensor
 from cabochon.core.keys import Key
 from cabochon.core.types import Group, Loss, TokenBatch
 
-__all__ = ["Backbone", "Cache", "Objective", "Policy", "Prediction", "Sampler"]
+__all__ = ["Backbone", "Cache", "Objective", "Policy", "Prediction", "RewardFn", "Sampler"]
 
 M = TypeVar("M", contravariant=True)
 B = TypeVar("B", contravariant=True)
@@ -82,6 +82,14 @@ class Sampler(Protocol):
 
     def __call__(self, prompts: Sequence[Tensor], key: Key, /) -> list[Group]:
         """One group for each prompt, in order."""
+        ...
+
+
+class RewardFn(Protocol):
+    """How good completions are. It sees whole groups, so comparisons need no other interface."""
+
+    def __call__(self, groups: Sequence[Group], /) -> Tensor:
+        """P G: one number for each completion, higher is better."""
         ...
 
 
