@@ -16,6 +16,8 @@ import torch
 import cabochon
 from cabochon.core import Key, TokenBatch
 from cabochon.core.errors import FolderError, TokenizerMismatch
+from cabochon.data.documents import Document
+from cabochon.data.packing import pack_documents
 from cabochon.data.tokenizer import Tokenizer, train_tokenizer
 from cabochon.folders import fingerprint, load_model
 from cabochon.models.foreign import ForeignModel
@@ -120,15 +122,25 @@ def test_layout_and_key_order_of_the_tokenizer_file_do_not_count(folder: Path) -
     cabochon.load(folder)
 
 
-def test_eos_that_is_also_padding_is_refused(folder: Path, model: Gemma, tmp_path: Path) -> None:
+def test_eos_that_is_also_padding_can_be_used_and_not_trained(
+    folder: Path, model: Gemma, tmp_path: Path
+) -> None:
+    """Padding is masked by `documents`; rows to learn from are where EOS has to be its own."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"pad_token": "<eos>"}
     path.write_text(json.dumps(settings))
+    cabochon.save(model, Tokenizer.load(folder), tmp_path / "padded")
+    loaded, read = cabochon.load(tmp_path / "padded")
+    ids = [[2, 10, 11, 12], [2, 13]]
+    alone = [loaded(TokenBatch.of([each])).logits(slice(None)) for each in ids]
+    for pad in (0, 1):
+        for left in (False, True):
+            batch = TokenBatch.of(ids, pad=pad, left=left)
+            there = batch.documents.flatten() >= 0
+            found = loaded(batch).logits(slice(None))[there]
+            torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=0)
     with pytest.raises(TokenizerMismatch, match="EOS and PAD are the same token"):
-        cabochon.load(folder)
-    with pytest.raises(TokenizerMismatch, match="EOS and PAD are the same token"):
-        cabochon.save(model, Tokenizer.load(folder), tmp_path / "never")
-    assert not (tmp_path / "never").exists()
+        pack_documents(read, [Document(TEXT, "here")], 64)
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(

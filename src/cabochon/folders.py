@@ -29,6 +29,9 @@ def load(
 ) -> tuple[Gemma | ForeignModel, Tokenizer]:
     """The model and the tokenizer of a Hugging Face folder, once they are sure to belong together.
 
+    A tokenizer that pads with EOS, or knows no padding, serves to generate and to evaluate: padding
+    is masked by `documents`. What makes rows to train on refuses it (`Tokenizer.learnable_end`).
+
     Args:
         folder: config.json, safetensors and tokenizer.json.
         dtype: cast the weights to this type; None keeps the folder's.
@@ -38,7 +41,7 @@ def load(
         FolderError: a file is absent, incomplete or damaged.
         ConfigError: config.json describes what our decoder does not compute.
         WeightsMismatch: a tensor is missing, surplus, misshaped or of another type.
-        TokenizerMismatch: the tokenizer is not the model's, or its EOS cannot be learned.
+        TokenizerMismatch: the tokenizer is not the model's.
         MissingExtra: the model is no Gemma, and transformers is not installed.
     """
     folder = Path(folder)
@@ -46,7 +49,6 @@ def load(
     values = read_json(folder / "config.json")
     weight_files(folder)
     tokenizer = Tokenizer.load(folder)
-    tokenizer.learnable_end()
     _check_recorded(folder, values, tokenizer)
     model = load_model(folder, dtype=dtype, device=device)
     check_tokenizer(model, tokenizer)
@@ -86,11 +88,10 @@ def save(
         max_shard_bytes: of one safetensors file.
 
     Raises:
-        TokenizerMismatch: the tokenizer cannot be the model's, or its EOS cannot be learned.
+        TokenizerMismatch: the tokenizer cannot be the model's.
         FolderError: a file could not be written.
     """
     folder = Path(folder)
-    tokenizer.learnable_end()
     check_tokenizer(model, tokenizer)
     # The tokenizer first: what a crash leaves of a save over an earlier one is then refused by the
     # fingerprint in the earlier config.json.
@@ -118,7 +119,8 @@ def check_tokenizer(model: Gemma | ForeignModel, tokenizer: Tokenizer) -> None:
 
     Raises:
         TokenizerMismatch: it has more entries than the embedding has rows (fewer is common: rows
-            are padded), or, for a Gemma, another BOS, EOS or padding than the configuration.
+            are padded), or, for a Gemma, another BOS, EOS or padding than the configuration; a
+            tokenizer that pads with EOS has no padding of its own to compare.
     """
     if isinstance(model, ForeignModel):
         rows = model.inner.get_input_embeddings().weight.shape[0]
@@ -128,7 +130,8 @@ def check_tokenizer(model: Gemma | ForeignModel, tokenizer: Tokenizer) -> None:
     _check_rows(config.vocab_size, tokenizer)
     for name, expected in (("pad", config.pad_id), ("eos", config.eos_id), ("bos", config.bos_id)):
         found = getattr(tokenizer, f"{name}_id")
-        if found is not None and found != expected:
+        borrowed = name == "pad" and tokenizer.eos_is_pad
+        if None not in (found, expected) and found != expected and not borrowed:
             raise TokenizerMismatch(
                 f"the tokenizer's {name.upper()} is id {found}, the model's is {expected}; give "
                 f"the tokenizer the model was made with, or set {name}_id in the model's "

@@ -54,6 +54,18 @@ def test_prompts_come_from_flags_files_and_pipes_alike(
     assert piped == call("generate", workshop.model, "--prompt", "def main", *how).out
 
 
+def test_a_line_of_a_file_ends_at_a_line_feed_alone(workshop: Workshop, tmp_path: Path) -> None:
+    """U+2028 may stand unescaped in JSON; a form feed stands in many sources."""
+    odd = "a\u2028b\x0cc\x85d"
+    records = tmp_path / "p.jsonl"
+    records.write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n")
+    (tmp_path / "p.txt").write_text(odd + "\n")
+    how = ("--max-new-tokens", 3, "--seed", 3, "--json")
+    expected = call("generate", workshop.model, "--prompt", odd, *how).out
+    for file in (records, tmp_path / "p.txt"):
+        assert call("generate", workshop.model, "--file", file, *how).out == expected
+
+
 def test_streaming_writes_the_text_that_the_answer_holds(workshop: Workshop) -> None:
     words = ("generate", workshop.model, "--prompt", "é", "--max-new-tokens", 40, "--seed", 1)
     assert call(*words).out == call(*words, "--json").answer["text"] + "\n"

@@ -290,7 +290,6 @@ def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"hidden_size": "48"}, "hidden_size = '48'; expected a whole number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'; expected a number"),
-        ({"eos_token_id": 0}, "eos_id and pad_id are both 0"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused(

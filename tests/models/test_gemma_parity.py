@@ -267,7 +267,6 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         ({"width": 2.0}, "width must be a whole number"),
         ({"window": 0}, "window must be above 0"),
         ({"final_cap": -1.0}, "final_cap must be above 0"),
-        ({"eos_id": 0}, "eos_id and pad_id are both 0"),
         ({"bos_id": 4096}, "bos_id must lie in the vocabulary"),
         ({"width": 130}, "width must be a multiple of heads"),
         ({"post_norms": False}, "window, attention_cap, final_cap set without post_norms"),

@@ -106,7 +106,8 @@ def _documents(name: str, settings: InspectSettings, tokenizer: Tokenizer | None
         return _Found(counts=counts, sample=[], text=chosen[: 4 * settings.tokens])
     lengths = [len(ids) for ids in tokenizer.encode_all([each.text for each in documents])]
     counts |= {"tokens": sum(lengths), "longest": max(lengths)}
-    ids = tokenizer.encode(chosen, bos=True, eos=True)
+    ends = {"bos": tokenizer.bos_id is not None, "eos": tokenizer.eos_id is not None}
+    ids = tokenizer.encode(chosen, **ends)
     learned = (False, *[True] * (len(ids) - 1))
     return _Found(counts=counts, sample=[Drawn(ids=tuple(ids), learned=learned)])
 

@@ -75,7 +75,7 @@ def _perplexity(settings: PerplexitySettings) -> int:
         model,
         tokenizer.encode_all([each.text for each in documents]),
         bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.learnable_end() if settings.eos else None,
+        eos_id=tokenizer.control("eos") if settings.eos else None,
         batch_size=settings.batch_size,
     )
     report = {

@@ -126,7 +126,7 @@ def _prompts(settings: GenerateSettings) -> list[str]:
             raise ConfigError('nothing to go on from: give --prompt "TEXT", --file FILE or a pipe')
         return [sys.stdin.read().removesuffix("\n")]
     if settings.file == "-":
-        return [line for line in sys.stdin.read().splitlines() if line.strip()]
+        return [line for line in _split(sys.stdin.read()) if line.strip()]
     found = list(_lines(Path(settings.file)))
     if not found:
         raise DataError(f"{settings.file} holds no prompt")
@@ -137,7 +137,7 @@ def _lines(path: Path) -> Iterator[str]:
     from cabochon.core.errors import DataError
 
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _split(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
     for number, line in enumerate(lines, 1):
@@ -156,15 +156,26 @@ def _lines(path: Path) -> Iterator[str]:
         yield text
 
 
+def _split(text: str) -> list[str]:
+    """Lines end in LF or CR LF; U+2028 and its like are text, also inside JSON."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> Tensor:
     import torch
+
+    from cabochon.core.errors import DataError
 
     if chat:
         from cabochon.data.chat import Message, encode_prompt
 
         ids = encode_prompt(tokenizer, [Message(role="user", content=prompt)])
     else:
-        ids = tokenizer.encode(prompt, bos=True)
+        ids = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
+        if not ids:
+            raise DataError(
+                "an empty prompt, and the tokenizer has no BOS to begin with; give some text"
+            )
     return torch.tensor(ids, dtype=torch.int64)
 
 

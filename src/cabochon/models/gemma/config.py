@@ -47,7 +47,9 @@ class GemmaConfig:
     norm_eps: float = 1e-6
     context: int = 8192
     """Tokens of the longest sequence the model is meant for; nothing is allocated for it."""
-    pad_id: int = 0
+    pad_id: int | None = 0
+    """Changes no result. Some folders pad with EOS, or name nothing: these models can be used, but
+    a tokenizer that pads with EOS cannot make rows to train on."""
     eos_id: int = 1
     bos_id: int = 2
 
@@ -77,16 +79,13 @@ class GemmaConfig:
 
     def _check_ids(self) -> None:
         for name in ("pad_id", "eos_id", "bos_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+            value = getattr(self, name)
+            if value is None and name == "pad_id":
+                continue
+            if not 0 <= value < self.vocab_size:
                 raise ConfigError(
-                    f"{name} must lie in the vocabulary, 0 to {self.vocab_size - 1}, "
-                    f"got {getattr(self, name)}"
+                    f"{name} must lie in the vocabulary, 0 to {self.vocab_size - 1}, got {value}"
                 )
-        if self.eos_id == self.pad_id:
-            raise ConfigError(
-                f"eos_id and pad_id are both {self.eos_id}; the end of a sequence could never be "
-                "learned: give padding its own id"
-            )
 
     def _check_generation(self) -> None:
         """Refuse what neither generation of the model is, while nothing has been spent on it."""

@@ -153,7 +153,8 @@ def _add_tokens(writer: Any, gguf: Any, config: GemmaConfig, tokenizer: SavedTok
     writer.add_token_list(pieces)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
-    writer.add_pad_token_id(config.pad_id)
+    if config.pad_id is not None:
+        writer.add_pad_token_id(config.pad_id)
     writer.add_eos_token_id(config.eos_id)
     writer.add_bos_token_id(config.bos_id)
     if (unknown := model.get("unk_token")) in model["vocab"]:

@@ -68,7 +68,7 @@ def config_from_hf(values: Mapping[str, object]) -> GemmaConfig:
         rope_base=_rope_base(given),
         norm_eps=_real(given, "rms_norm_eps"),
         context=_whole(given, "max_position_embeddings"),
-        pad_id=_whole(given, "pad_token_id"),
+        pad_id=None if given["pad_token_id"] is None else _whole(given, "pad_token_id"),
         eos_id=_whole(given, "eos_token_id"),
         bos_id=_whole(given, "bos_token_id"),
     )
