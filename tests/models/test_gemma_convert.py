@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from cabochon.core import Key
 from cabochon.core.errors import CabochonError, ConfigError, FolderError, WeightsMismatch
 from cabochon.models.gemma import Gemma, preset, read_gemma, write_gemma
+from cabochon.models.gemma.hf_config import config_from_hf
 
 pytest.importorskip("transformers")
 
@@ -286,6 +287,25 @@ def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear' rotary positions"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"rope_parameters": {"type": "yarn", "rope_theta": 1e4}}, "'yarn' rotary positions"),
+        ({"rope_parameters": "default"}, "rope_parameters = 'default'; expected an object"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}},
+            "rope_parameters.sliding_attention",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor = 0.5",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, which this decoder does"),
+        ({"hidden_activation": "relu"}, "hidden_activation = 'relu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+        ({"sliding_window_size": 7}, "sliding_window_size = 7"),
+        ({"sliding_window_pattern": 6}, "sliding_window_pattern = 6"),
+        ({"num_local_experts": 8}, "num_local_experts = 8"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"text_config": {"hidden_size": 8}}, "text_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "even"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"hidden_size": "48"}, "hidden_size = '48'; expected a whole number"),
@@ -301,6 +321,79 @@ def test_what_the_decoder_does_not_compute_is_refused(
     with pytest.raises(CabochonError, match=message) as caught:
         read_gemma(tmp_path)
     assert isinstance(caught.value, ConfigError)
+
+
+PUBLISHED = {
+    "_name_or_path": "google/gemma-2-2b-it", "architectures": ["Gemma2ForCausalLM"],
+    "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.2", "use_cache": True, "unsloth_version": "2024.9",
+    "_attn_implementation": "eager", "temperature": 0.7, "pretraining_tp": 0, "id2label": {"0": "A"},
+    "rope_theta": 10000.0, "final_touch": None, "decoupled": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        PUBLISHED,
+        {"rope_parameters": None, "rope_theta": 10000.0},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 10000.0},
+        {"sliding_window_size": 4},
+    ],
+)
+def test_what_transformers_writes_beside_the_shape_changes_nothing(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    theirs = hf_folder(tmp_path, SOME)
+    expected = read_gemma(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    if "sliding_window_size" in changes:
+        changes = {"sliding_window_size": values["sliding_window"]}
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    found = read_gemma(tmp_path)
+    assert found.config == expected.config
+    (tokens,) = random_rows(30)
+    torch.testing.assert_close(
+        row_logits(found, tokens), hf_logits(theirs, tokens), atol=1e-4, rtol=0
+    )
+
+
+def test_the_base_of_the_rotation_is_read_in_its_old_and_its_new_place(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    hf_folder(tmp_path, SOME)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for changes in (
+        {"rope_theta": 5e5, "rope_parameters": None},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values | changes))
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        assert theirs.rope_parameters["rope_theta"] == read_gemma(tmp_path).config.rope_base == 5e5
+
+
+@pytest.mark.parametrize("kind", ["GemmaConfig", "Gemma2Config"])
+def test_the_configuration_that_transformers_writes_by_default_is_read(
+    kind: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    config = config_from_hf(json.loads((tmp_path / "config.json").read_text()))
+    assert config == replace(
+        preset("gemma-7b" if kind == "GemmaConfig" else "gemma2-2b"), context=config.context
+    )
+
+
+def test_what_only_a_gemma_2_has_is_refused_of_a_gemma_1(tmp_path: Path) -> None:
+    from transformers import GemmaConfig
+
+    GemmaConfig().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ConfigError, match="attn_logit_softcapping = 50"):
+        config_from_hf(values | {"attn_logit_softcapping": 50.0})
 
 
 def test_a_model_that_slides_nowhere_is_written_as_such(tmp_path: Path) -> None:

@@ -30,15 +30,31 @@ _SHARED_DEFAULTS: dict[str, object] = {
 }  # fmt: skip
 _ACTIVATION = "gelu_pytorch_tanh"
 
+# Keys that say how a model was made, stored, labelled or sampled from, and not what it computes.
+_HARMLESS = frozenset(
+    "architectures cabochon dtype torch_dtype transformers_version tokenizer_class "
+    "initializer_range use_cache cache_implementation chunk_size_feed_forward is_decoder "
+    "return_dict torchscript use_bfloat16 tf_legacy_loss output_attentions output_hidden_states "
+    "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix "
+    "sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length "
+    "min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups "
+    "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
+    "output_scores return_dict_in_generate remove_invalid_values suppress_tokens "
+    "begin_suppress_tokens exponential_decay_length_penalty".split()
+)
+_HARMLESS_BEGINNINGS = ("_", "unsloth_")
+
 
 def config_from_hf(values: Mapping[str, object]) -> GemmaConfig:
     """The shape that a config.json of transformers 4 or 5 describes.
 
-    A list of end-of-sequence ids is taken for its first.
+    A list of end-of-sequence ids is taken for its first. Keys that change nothing that is computed
+    are left aside, and so is any key whose value is null, false, zero or empty.
 
     Raises:
         ConfigError: a model type, activation, rotary scaling, bias or layer pattern that this
-            decoder does not compute.
+            decoder does not compute, or a key that it does not know; the key is named.
     """
     kind = values.get("model_type")
     if kind not in _DEFAULTS:
@@ -133,18 +149,40 @@ def _refuse_what_is_not_computed(given: Mapping[str, object]) -> None:
                 f"config.json has {key} = {given[key]!r}; this decoder computes only "
                 f"{allowed[-1]!r}: read the folder through cabochon.models.foreign instead"
             )
+    known = {"model_type", "rope_theta", "rope_parameters", *wanted, *_SHARED_DEFAULTS}
+    known |= _DEFAULTS[str(given["model_type"])].keys() | _HARMLESS
+    if given["model_type"] == "gemma2":
+        known |= {"layer_types"}
+        if given.get("sliding_window_size") == given["sliding_window"]:
+            known |= {"sliding_window_size"}  # beside the other in the first published files
+    for key, value in given.items():
+        if value and key not in known and not key.startswith(_HARMLESS_BEGINNINGS):
+            raise ConfigError(
+                f"config.json has {key} = {value!r}, which this decoder does not know: take the "
+                "key out if it changes nothing that the model computes, or read the folder "
+                "through cabochon.models.foreign"
+            )
 
 
 def _rope_base(given: Mapping[str, object]) -> float:
-    rope = given.get("rope_parameters")
+    rope = given.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        return _real({"rope_theta": 10000.0, **given}, "rope_theta")
-    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"config.json has rope_parameters = {rope!r}; expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
         raise ConfigError(
-            f"config.json asks for {rope['rope_type']!r} rotary positions; this decoder computes "
+            f"config.json asks for {kind!r} rotary positions; this decoder computes "
             "only 'default': read the folder through cabochon.models.foreign instead"
         )
-    return _real({"rope_theta": 10000.0, **rope}, "rope_theta")
+    for key, value in rope.items():
+        if value and key not in ("rope_type", "type", "rope_theta"):
+            raise ConfigError(
+                f"config.json has rope_parameters.{key} = {value!r}; this decoder turns every "
+                "layer's whole heads by the one rope_theta: read the folder through "
+                "cabochon.models.foreign instead"
+            )
+    # Where both are given transformers takes the newer form.
+    return _real({"rope_theta": 10000.0, **given, **rope}, "rope_theta")
 
 
 def _window(given: Mapping[str, object]) -> int | None:
