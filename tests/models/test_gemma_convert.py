@@ -327,8 +327,8 @@ PUBLISHED = {
     "_name_or_path": "google/gemma-2-2b-it", "architectures": ["Gemma2ForCausalLM"],
     "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "torch_dtype": "bfloat16",
     "transformers_version": "4.45.2", "use_cache": True, "unsloth_version": "2024.9",
-    "_attn_implementation": "eager", "temperature": 0.7, "pretraining_tp": 0, "id2label": {"0": "A"},
-    "rope_theta": 10000.0, "final_touch": None, "decoupled": False,
+    "_attn_implementation": "eager", "temperature": 0.7, "pretraining_tp": 0,
+    "id2label": {"0": "A"}, "rope_theta": 10000.0, "final_touch": None, "decoupled": False,
 }  # fmt: skip
 
 

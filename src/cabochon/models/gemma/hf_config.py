@@ -31,18 +31,19 @@ _SHARED_DEFAULTS: dict[str, object] = {
 _ACTIVATION = "gelu_pytorch_tanh"
 
 # Keys that say how a model was made, stored, labelled or sampled from, and not what it computes.
-_HARMLESS = frozenset(
-    "architectures cabochon dtype torch_dtype transformers_version tokenizer_class "
-    "initializer_range use_cache cache_implementation chunk_size_feed_forward is_decoder "
-    "return_dict torchscript use_bfloat16 tf_legacy_loss output_attentions output_hidden_states "
-    "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix "
-    "sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length "
-    "min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups "
-    "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
-    "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
-    "output_scores return_dict_in_generate remove_invalid_values suppress_tokens "
-    "begin_suppress_tokens exponential_decay_length_penalty".split()
-)
+_HARMLESS = frozenset({
+    "architectures", "cabochon", "dtype", "torch_dtype", "transformers_version", "tokenizer_class",
+    "initializer_range", "use_cache", "cache_implementation", "chunk_size_feed_forward",
+    "is_decoder", "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    "output_attentions", "output_hidden_states", "id2label", "label2id", "num_labels",
+    "problem_type", "finetuning_task", "task_specific_params", "prefix", "sep_token_id",
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "max_length",
+    "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
+    "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
+})  # fmt: skip
 _HARMLESS_BEGINNINGS = ("_", "unsloth_")
 
 
