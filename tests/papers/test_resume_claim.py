@@ -36,7 +36,7 @@ from cabochon.training import (
     supervise,
 )
 from cabochon.training.metrics import read_metrics
-from cabochon.weights import ema
+from cabochon.weights.ema import ema
 
 KILLS = 20
 STEPS, ACCUMULATE, BATCH, CONTEXT, SAVE_EVERY = 60, 2, 4, 48, 2

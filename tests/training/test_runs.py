@@ -37,7 +37,7 @@ from cabochon.training import (
     supervise,
 )
 from cabochon.training.metrics import MetricsFile, read_metrics
-from cabochon.weights import ema
+from cabochon.weights.ema import ema
 
 CONFIG = "steps: 12\nlearning_rate: 0.01\n"
 INPUTS = {"seed": 0, "data": {"train.jsonl": "ab12"}, "weights": {"shards": ["1", "2"]}}

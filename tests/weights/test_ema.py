@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cabochon.core.errors import ConfigError, WeightsMismatch
-from cabochon.weights import ema
+from cabochon.weights.ema import ema
 
 
 def weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -1,5 +1,1 @@
-"""How weights combine: pure functions on named tensors."""
-
-from cabochon.weights.ema import ema
-
-__all__ = ["ema"]
+"""How weights combine: pure functions on named tensors, and on model folders piece by piece."""
