@@ -17,7 +17,7 @@ from cabochon.files import sha256_of
 from cabochon.models.foreign import ForeignModel, read_foreign, write_foreign
 from cabochon.models.gemma.convert import read_gemma, write_gemma
 from cabochon.models.gemma.decoder import Gemma
-from cabochon.models.shards import read_json, weight_files, write_json
+from cabochon.weight_files import read_json, weight_files, write_json
 
 __all__ = ["check_tokenizer", "fingerprint", "load", "load_model", "save"]
 

@@ -20,8 +20,8 @@ from cabochon.core.errors import ConfigError
 from cabochon.models.gemma.config import GemmaConfig, parameter_counts
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.models.gemma.hf_config import config_from_hf
-from cabochon.models.shards import read_json
 from cabochon.training.precision import master_of
+from cabochon.weight_files import read_json
 
 __all__ = [
     "Memory",

@@ -21,7 +21,8 @@ from cabochon.core.errors import DataError, FolderError, MissingExtra, WeightsMi
 from cabochon.core.keys import Key
 from cabochon.core.types import LinearPrediction, TokenBatch
 from cabochon.models.continuation import continued
-from cabochon.models.shards import Shards, staged, weight_files
+from cabochon.models.shards import Shards, staged
+from cabochon.weight_files import weight_files
 
 __all__ = ["DensePrediction", "ForeignCache", "ForeignModel", "read_foreign", "write_foreign"]
 

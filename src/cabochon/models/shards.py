@@ -1,8 +1,4 @@
-"""The safetensors files of a model folder: one, or several under an index; read strictly.
-
-Layout as transformers writes it: `model.safetensors`, or `model-00001-of-00003.safetensors` and so
-on with `model.safetensors.index.json`, whose `weight_map` says which file holds which tensor.
-"""
+"""The weights of a model folder as torch tensors: one file, or several under an index."""
 
 from __future__ import annotations
 
@@ -20,28 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cabochon.core.errors import FolderError, WeightsMismatch
-from cabochon.files import flush, write_whole
+from cabochon.files import flush
+from cabochon.weight_files import INDEX, SAVE, SINGLE, header, stored_tensors, write_json
 
-__all__ = [
-    "INDEX",
-    "SINGLE",
-    "Shards",
-    "read_json",
-    "staged",
-    "weight_files",
-    "write_json",
-    "write_shards",
-]
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["Shards", "staged", "write_shards"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 _PARTIAL = ".partial"
-_SAVE = "save"
-"""In the metadata of every file of a save of several: which save it is of."""
 
 
 class Shards:
@@ -59,52 +42,14 @@ class Shards:
                 are of different saves.
             WeightsMismatch: the index and the files disagree, naming the tensor.
         """
-        self._files = {}
-        self._holder: dict[str, str] = {}
-        for path in weight_files(folder):
-            try:
-                self._files[path.name] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise FolderError(
-                    f"{path} cannot be read as safetensors ({error}); it is damaged or was cut "
-                    "short: copy it again"
-                ) from error
-            for name in self._files[path.name].keys():  # noqa: SIM118  (not a dict)
-                if name in self._holder:
-                    raise WeightsMismatch(
-                        f"{name} lies in both {self._holder[name]} and {path.name} of {folder}; "
-                        "keep the files of one save only"
-                    )
-                self._holder[name] = path.name
-        self._check_saves(folder)
-        self._check_index(folder)
-        self.names = frozenset(self._holder)
-
-    def _check_saves(self, folder: Path) -> None:
-        """Files of transformers carry no mark; those of one save carry the same, or none."""
-        first = next(iter(self._files))
-        marks = {file: (held.metadata() or {}).get(_SAVE) for file, held in self._files.items()}
-        for file, mark in marks.items():
-            if mark != marks[first]:
-                raise FolderError(
-                    f"{first} and {file} of {folder} are of different saves: a save over an "
-                    "earlier one was interrupted; save the model again, or copy all files of one "
-                    "save"
-                )
-
-    def _check_index(self, folder: Path) -> None:
-        if (folder / SINGLE).is_file():
-            return
-        for name, file in _weight_map(folder).items():
-            if self._holder.get(name) != file:
-                raise WeightsMismatch(
-                    f"{folder / INDEX} says that {file} holds {name}; it lies in "
-                    f"{self._holder.get(name, 'no file')}"
-                )
+        self._stored = stored_tensors(folder)
+        files = {stored.file for stored in self._stored.values()}
+        self._files = {file: safe_open(file, framework="pt") for file in files}
+        self.names = frozenset(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor, without reading it."""
-        return tuple(self._files[self._holder[name]].get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Of one tensor, without reading it.
@@ -112,53 +57,18 @@ class Shards:
         Raises:
             WeightsMismatch: it is no floating-point tensor.
         """
-        stored = self._files[self._holder[name]].get_slice(name).get_dtype()
-        if stored not in _DTYPES:
+        stored = self._stored[name]
+        if stored.type not in _DTYPES:
             raise WeightsMismatch(
-                f"{name} in {self._holder[name]} is of type {stored}; weights must be one of "
+                f"{name} in {stored.file.name} is of type {stored.type}; weights must be one of "
                 f"{', '.join(_DTYPES)} (a quantised folder must be dequantised first)"
             )
-        return _DTYPES[stored]
+        return _DTYPES[stored.type]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now, on the CPU and in the type of the file."""
-        tensor: Tensor = self._files[self._holder[name]].get_tensor(name)
+        tensor: Tensor = self._files[self._stored[name].file].get_tensor(name)
         return tensor
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order.
-
-    Raises:
-        FolderError: no folder, no safetensors, a file that the index names is missing, or there
-            are both a single file and an index of others.
-    """
-    if not folder.is_dir():
-        raise FolderError(f"{folder} is no folder; give a Hugging Face model folder")
-    if (folder / SINGLE).is_file():
-        if (folder / INDEX).is_file() and set(_weight_map(folder).values()) != {SINGLE}:
-            raise FolderError(
-                f"{folder} holds {SINGLE} and also {INDEX}, which names other files: two saves "
-                "are mixed, or one was interrupted; delete whichever is not wanted"
-            )
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = (
-            f"; {pickled[0]} is pickle, which is never read: save it again as safetensors with "
-            "transformers"
-            if pickled
-            else ""
-        )
-        raise FolderError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
-    files = sorted(set(_weight_map(folder).values()))
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        raise FolderError(
-            f"{folder} lacks {', '.join(missing)} of the {len(files)} files its {INDEX} names; "
-            "copy what is missing"
-        )
-    return [folder / file for file in files]
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
@@ -175,13 +85,13 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: i
         names, metadata = [SINGLE], {"format": "pt"}
     else:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        metadata = {"format": "pt", _SAVE: _content(tensors)}
+        metadata = {"format": "pt", SAVE: _content(tensors)}
     with staged(folder) as aside:
         for file, shard in zip(names, shards, strict=True):
             held = {name: tensors[name].detach().contiguous() for name in shard}
             save_file(held, aside / file, metadata=metadata)
-            if _SAVE in metadata:
-                _sign(aside / file, metadata[_SAVE])
+            if SAVE in metadata:
+                _sign(aside / file, metadata[SAVE])
         if len(shards) > 1:
             where = {
                 name: file for file, shard in zip(names, shards, strict=True) for name in shard
@@ -240,7 +150,7 @@ def _take_over(folder: Path, aside: Path) -> None:
 
 def _mark(weights: list[Path]) -> None:
     """Give files that another library wrote the mark of one save."""
-    if all(_SAVE in _header(path)[0].get("__metadata__", {}) for path in weights):
+    if all(SAVE in header(path)[0].get("__metadata__", {}) for path in weights):
         return
     whole = hashlib.sha256()
     for path in weights:
@@ -252,9 +162,9 @@ def _mark(weights: list[Path]) -> None:
 
 def _sign(path: Path, mark: str) -> None:
     """Put `mark` into a file's metadata, always in the same order: safetensors writes any."""
-    header, size = _header(path)
-    metadata = header.pop("__metadata__", {}) | {_SAVE: mark}
-    whole = {"__metadata__": dict(sorted(metadata.items())), **header}
+    entries, size = header(path)
+    metadata = entries.pop("__metadata__", {}) | {SAVE: mark}
+    whole = {"__metadata__": dict(sorted(metadata.items())), **entries}
     text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     if len(text) <= size:
         with path.open("r+b") as file:
@@ -270,13 +180,6 @@ def _sign(path: Path, mark: str) -> None:
     os.replace(marked, path)
 
 
-def _header(path: Path) -> tuple[dict[str, dict[str, str]], int]:
-    """Of a safetensors file: 8 bytes of length, little-endian, then so much JSON."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), size
-
-
 def _content(tensors: Mapping[str, Tensor]) -> str:
     """A digest of names and bits, so that saving the same model twice gives the same files."""
     whole = hashlib.sha256()
@@ -285,40 +188,6 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
         bits = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
         whole.update(bits.numpy().data)
     return whole.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file.
-
-    Raises:
-        FolderError: the file is absent, no JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FolderError(f"{path} does not exist; is it a Hugging Face model folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FolderError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FolderError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON object: the file is there in full, or as it was."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    where = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise FolderError(f"{folder / INDEX} has no weight_map; save the model again")
-    for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise FolderError(
-                f"{folder / INDEX} puts {name} into {file!r}; expected a file name in that folder"
-            )
-    return where
 
 
 def _divide(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:

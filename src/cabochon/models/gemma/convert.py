@@ -16,7 +16,8 @@ from torch import Tensor
 from cabochon.core.errors import WeightsMismatch
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.models.gemma.hf_config import config_from_hf, config_to_hf
-from cabochon.models.shards import Shards, read_json, write_json, write_shards
+from cabochon.models.shards import Shards, write_shards
+from cabochon.weight_files import read_json, write_json
 
 __all__ = ["hf_tensors", "read_gemma", "write_gemma"]
 

@@ -22,7 +22,7 @@ from cabochon.files import whole
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.convert import hf_tensors
 from cabochon.models.gemma.decoder import Gemma
-from cabochon.models.shards import read_json
+from cabochon.weight_files import read_json
 
 __all__ = ["SavedTokenizer", "write_gguf"]
 
