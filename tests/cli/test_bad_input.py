@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from safetensors import safe_open
 from workshop import Done, Workshop, call, write_jsonl
 
 import cabochon
+from cabochon.cli import pretrain
+from cabochon.cli.rows import Rows
+from cabochon.cli.settings import RunSettings
+from cabochon.data.tokenizer import Tokenizer
 
 
 def assert_refused(done: Done, *said: str, code: int = 1) -> None:
@@ -259,3 +264,40 @@ def test_words_that_are_missing_say_which(workshop: Workshop, tmp_path: Path) ->
     assert_refused(call("resume", tmp_path), "is not a run directory")
     assert_refused(call("generate", tmp_path / "none", "--prompt", "x"), "no model folder or run")
     assert_refused(call("report", tmp_path / "none"), "no run directory")
+
+
+def test_data_that_change_while_they_are_read(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashed as they were and learned as they are, the run could never be repeated."""
+    corpus = tmp_path / "corpus.jsonl"
+    shutil.copy(workshop.corpus, corpus)
+    real = pretrain.document_rows
+
+    def slow(run: RunSettings, tokenizer: Tokenizer) -> Rows:
+        with corpus.open("a", encoding="utf-8") as file:
+            file.write('{"text": "one more"}\n')
+        return real(run, tokenizer)
+
+    monkeypatch.setattr(pretrain, "document_rows", slow)
+    done = workshop.train("--data", corpus, "--out", tmp_path / "run")
+    assert_refused(done, "corpus.jsonl was changed while it was being read")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_within_its_own_data(workshop: Workshop, tmp_path: Path) -> None:
+    shutil.copy(workshop.corpus, tmp_path / "corpus.jsonl")
+    done = workshop.train("--data", tmp_path, "--out", tmp_path / "runs" / "a")
+    assert_refused(done, "lies within the data folder", code=2)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_can_be_read_only_once(workshop: Workshop, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    done = workshop.train("--data", tmp_path / "pipe.jsonl", "--out", tmp_path / "run")
+    assert_refused(done, "is a pipe or a device", "write it into a file first")
+
+
+def test_data_that_are_not_there(workshop: Workshop, tmp_path: Path) -> None:
+    done = workshop.train("--data", tmp_path / "none.jsonl", "--out", tmp_path / "run")
+    assert_refused(done, "none.jsonl does not exist")

@@ -71,7 +71,9 @@ assert len(set(reached)) >= 2, reached
 """
 
 AT_EVERY_FLUSH_RENAME_AND_REMOVAL = """
-real = {{"fsync": os.fsync, "rename": Path.rename, "rmtree": shutil.rmtree}}
+real = {{
+    "fsync": os.fsync, "rename": Path.rename, "replace": Path.replace, "rmtree": shutil.rmtree,
+}}
 
 
 def dying_at(moment, work):
@@ -89,7 +91,7 @@ def dying_at(moment, work):
             return call
 
         os.fsync, shutil.rmtree = counted("fsync"), counted("rmtree")
-        Path.rename = counted("rename")
+        Path.rename, Path.replace = counted("rename"), counted("replace")
         work()
 
     return lives_until

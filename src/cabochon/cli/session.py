@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cabochon import folders
-from cabochon.cli.inputs import fingerprints
+from cabochon.cli.inputs import fingerprints, unchanged
 from cabochon.cli.machine import (
     DTYPES,
     device_of,
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
 
     Raises:
         ConfigError: a setting is missing or does not fit another.
-        DataError: the data cannot be used.
+        DataError: the data cannot be used, or are changed while they are read.
         TokenizerMismatch: tokenizer, model and teacher do not belong together.
         FolderError: a folder is absent or incomplete.
     """
@@ -126,9 +126,14 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
         )
     tokenizer = load_tokenizer(run)
     tokenizer.learnable_end()
-    rows = recipe.pack(settings, tokenizer)
-    model = _model(run, tokenizer)
-    train = recipe.train(settings, model, tokenizer)
+    if run.out:
+        _refuse_out_within_data(run)
+    models = _folders(recipe, settings)
+    with unchanged([*run.data, *map(str, models.values())]):
+        inputs = fingerprints(run, tokenizer, models)
+        rows = recipe.pack(settings, tokenizer)
+        model = _model(run, tokenizer)
+        train = recipe.train(settings, model, tokenizer)
     average = {}
     if run.ema:
         average = {name: weight.clone() for name, weight in float32_weights(model).items()}
@@ -140,7 +145,7 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
         optimizer=adamw(model, settings.optimizer),
         train=train,
         average=average,
-        inputs=fingerprints(run, tokenizer, _folders(recipe, settings)),
+        inputs=inputs,
     )
 
 
@@ -167,6 +172,17 @@ def load_tokenizer(run: RunSettings) -> Tokenizer:
             "leave --tokenizer out to use the model's own"
         )
     return named
+
+
+def _refuse_out_within_data(run: RunSettings) -> None:
+    """The run's own files would be data the next time."""
+    for name in run.data:
+        folder = Path(name).resolve()
+        if folder.is_dir() and Path(run.out).resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"--out {run.out} lies within the data folder {name}, whose files the run reads; "
+                "choose a folder outside it"
+            )
 
 
 def begins_from_folder(run: RunSettings) -> bool:
