@@ -320,8 +320,8 @@ class Counting:
         self.read += int((batch.documents >= 0).sum())
         return self.inner(batch, cache)
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
-        return self.inner.new_cache(rows, capacity)
+    def new_cache(self, rows: int, capacity: int, ahead: int = 0) -> Cache:
+        return self.inner.new_cache(rows, capacity, ahead)
 
 
 def test_a_prompt_is_read_once_for_all_its_samples_and_the_last_token_never():

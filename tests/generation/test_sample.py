@@ -299,3 +299,43 @@ def test_a_row_without_any_finite_logit_is_refused_and_one_with_some_is_not():
 def test_settings_out_of_range_are_refused_by_name(cut, word):
     with pytest.raises(ConfigError, match=word):
         draw(torch.zeros(1, 4), uniform(0.5), **cut)
+
+
+# --- long rows are searched by blocks ---
+
+
+@pytest.mark.parametrize("size", [1024, 1025, 1151, 4096])
+def test_a_long_row_is_searched_as_a_short_one_is(size):
+    generator = Key(size).generator()
+    weights = torch.rand(64, size, generator=generator)
+    weights[torch.rand(64, size, generator=generator) < 0.9] = 0.0
+    weights[:, 0] = weights[:, 200:500] = weights[:, -1] = 0.0
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    uniforms[:3] = uniform(0.0, 1.0, LARGEST_UNIFORM)
+    tokens = inverse_cdf(weights, uniforms)
+    cumulative = weights.double().cumsum(-1)
+    threshold = uniforms * cumulative[:, -1]
+    rows = torch.arange(64)
+    assert (weights[rows, tokens] > 0.0).all()
+    # Block sums are float32: a threshold may fall on the other side by as much.
+    slack = 1e-5 * cumulative[:, -1]
+    assert (cumulative[rows, tokens] + slack >= threshold).all()
+    assert (cumulative[rows, tokens] - weights[rows, tokens] - slack <= threshold).all()
+    # Read backwards, an arithmetic oracle: most rows give exactly the token of the plain search.
+    plain = torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)
+    assert (tokens[3:] == plain[3:]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("size", [1024, 1300])
+def test_greedy_takes_the_first_of_equals_in_a_long_row_and_refuses_nan(size):
+    logits = torch.randn(5, size, generator=Key(0).generator())
+    logits[0, [77, 400, 1000]] = 9.0
+    logits[1, [1020, 1021]] = 9.0
+    taken = greedy(logits)
+    assert taken.tokens[:2].tolist() == [77, 1020]
+    assert torch.equal(logits[2:].argmax(-1), taken.tokens[2:])
+    expected = logits.log_softmax(-1).amax(-1)
+    torch.testing.assert_close(taken.logprob, expected, atol=1e-6, rtol=0)
+    logits[3, 700] = torch.nan
+    with pytest.raises(NonFinite, match=r"rows \[3\]"):
+        greedy(logits)

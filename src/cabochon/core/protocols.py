@@ -6,7 +6,7 @@ Parameters are positional-only, so that plain functions and closures satisfy the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -51,8 +51,21 @@ class Cache(Protocol):
     def select(self, rows: Tensor, /) -> Cache:
         """A cache with the past of the chosen rows (n int64), in that order; this one is used up.
 
-        A row may be chosen several times: samples of one prompt share its reading.
+        A row may be chosen several times: samples of one prompt share its reading. None may be
+        chosen: the memory is kept for what `put` brings.
         """
+        ...
+
+    def put(self, rows: Tensor, other: Any, sources: Tensor, /) -> None:
+        """Let `rows` (n int64) hold what `sources` (n int64) of another cache hold.
+
+        The other one is of the same model, and stays as it is. Rows that follow the last one, in
+        order, are new; there may be as many as the cache was made for.
+        """
+        ...
+
+    def rewind(self, lengths: Sequence[int], /) -> None:
+        """Take the newest tokens of each row back, so that so many are left of it."""
         ...
 
 
@@ -72,8 +85,11 @@ class Backbone(Protocol):
         """
         ...
 
-    def new_cache(self, rows: int, capacity: int, /) -> Cache:
-        """An empty cache for `rows` sequences of at most `capacity` tokens."""
+    def new_cache(self, rows: int, capacity: int, ahead: int = 0, /) -> Cache:
+        """An empty cache for `rows` sequences of at most `capacity` tokens.
+
+        Its `rewind` can take back up to `ahead` tokens of a row.
+        """
         ...
 
 

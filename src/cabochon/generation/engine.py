@@ -1,88 +1,343 @@
-"""From prompts to completions: read each prompt once, then draw token after token.
+"""From prompts to completions, many side by side: the engine.
 
-A sequence has its own stream of uniform numbers, named by the key, the prompt's index and the
+It has slots. A prompt is read, the samples of it that find a free slot share that reading, and
+each step draws one token in every slot (several with a draft model). A finished sequence leaves at
+once, and the next prompt is read into its slot while the others go on.
+
+A sequence has its own streams of uniform numbers, named by the key, the prompt's index and the
 sample's index; the n-th number draws the n-th token. So what is written depends neither on the
-batch, nor on the order, nor on the neighbours (beyond the rounding of the model's own products).
+batch, nor on the slot, nor on the order of arrival, nor on the neighbours (beyond the rounding of
+the model's own products).
 
     for group in generate(model, prompts, Settings(max_new_tokens=64, stop_ids=(1,)), Key(0)): ...
     for token in stream(model, prompt, Settings(temperature=0.7), Key(0)): ...
+
+    engine = Engine(model, slots=32)                # prompts that come and go
+    (writing,) = engine.add(prompt, Settings(), Key(0))
+    while not writing.finished:
+        engine.step()
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cabochon.core import (
-    Backbone,
-    Cache,
-    Completion,
-    Group,
-    Key,
-    Sampler,
-    TokenBatch,
-)
-from cabochon.core.errors import ConfigError, DataError, NonFinite
-from cabochon.generation.modes import evaluating
+from cabochon.core import Backbone, Cache, Group, Key, Sampler, TokenBatch
+from cabochon.core.errors import ConfigError, NonFinite
+from cabochon.generation.modes import device_of, evaluating
 from cabochon.generation.sample import Draws, broken_rows, draw
+from cabochon.generation.settings import Settings
+from cabochon.generation.speculation import Proposals, accepted, propose
+from cabochon.generation.writing import Token, Writing, begin
 
-__all__ = ["Settings", "Token", "generate", "sampler", "stream"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to write: which distribution to draw from, and when to end."""
-
-    max_new_tokens: int = 128
-    """The most tokens a completion may have; fewer fit where the context is nearly full."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token instead of drawing."""
-    top_k: int = 0
-    """How many of the most probable tokens may be drawn; 0: all."""
-    top_p: float = 1.0
-    """Mass of the nucleus that may be drawn; 1: all."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end a completion (and are its last token)."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(
-                f"temperature must be finite and at least 0 (0 is greedy), got {self.temperature}"
-            )
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0 (0 keeps all tokens), got {self.top_k}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must lie in (0, 1] (1 keeps all tokens), got {self.top_p}")
-        if any(stop < 0 for stop in self.stop_ids):
-            raise ConfigError(f"stop_ids must be token ids, at least 0, got {self.stop_ids}")
+__all__ = ["Engine", "Settings", "Token", "Unfinished", "Writing", "generate", "sampler", "stream"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Token:
-    """One token of a stream, as it comes."""
+class Unfinished(NonFinite):
+    """Logits from which nothing can be drawn broke some sequences; the others were finished.
 
-    id: int
-    logprob: float
-    """Nats, under the distribution it was drawn from; greedy: as `model_logprob`."""
-    model_logprob: float
-    """Nats, under the model at temperature 1 with no cut."""
+    Attributes:
+        groups: all that was written, the broken sequences' tokens so far included.
+    """
+
+    groups: list[Group]
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A prompt on its way into slots."""
+
+    prompt: Tensor
+    waiting: deque[Writing]
+    """Its samples that have no slot yet."""
+    caches: list[Cache] = field(default_factory=list)
+    """Of the model, and of the draft model; the prompt is one row of them."""
+    row: int = 0
+    done: int = 0
+    """Tokens read."""
+    logits: Tensor | None = None
+    """1 V: after the prompt."""
+
+
+class Engine:
+    """Writes completions in slots that never wait for one another.
+
+    The model's parameters are used where they are: an update is seen by the next step.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        *,
+        slots: int = 32,
+        capacity: int | None = None,
+        prefill: int = 2048,
+        draft: Backbone | None = None,
+        ahead: int = 4,
+    ) -> None:
+        """Nothing is allocated before the first prompt is read.
+
+        Args:
+            model: what predicts.
+            slots: sequences side by side; memory grows with them, no result changes.
+            capacity: tokens of the longest prompt and completion together; None: the context.
+            prefill: tokens of prompts read in one step (padding counted), so that a long prompt
+                does not hold the others up: it is read piece by piece.
+            draft: a smaller model of the same vocabulary that proposes tokens, which `model` then
+                reads all at once and accepts or refuses such that its own distribution is drawn
+                from exactly. For `draft` and `ahead` given, a sequence still depends on its key
+                alone. Leviathan, Kalman and Matias 2023, algorithm 1.
+            ahead: how many tokens the draft proposes at a time.
+
+        Raises:
+            ConfigError: a number below 1.
+        """
+        for name, value in (("slots", slots), ("prefill", prefill), ("ahead", ahead)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        self._models = [model] if draft is None else [model, draft]
+        self._ahead = 0 if draft is None else ahead
+        self._slots, self._prefill = slots, prefill
+        self._context = min(each.context for each in self._models)
+        if capacity is not None:
+            self._context = min(self._context, capacity)
+        if self._context < 2:
+            raise ConfigError(f"a capacity of {self._context} leaves no room for a new token")
+        self._queue: deque[_Reading] = deque()
+        self._caches: list[Cache] = []
+        self._active: list[Writing] = []
+        """By slot; the used slots are always the first ones."""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being written, and nothing waits."""
+        return not self._active and not self._queue
+
+    def add(
+        self, prompt: Tensor, settings: Settings, key: Key, *, index: int = 0, samples: int = 1
+    ) -> tuple[Writing, ...]:
+        """Line up `samples` completions of a prompt.
+
+        Args:
+            prompt: T int64, at least one token.
+            settings: how to write them.
+            key: the draw of a token depends on (key, index, sample, its place) alone.
+            index: the prompt's, in the key.
+            samples: G.
+
+        Returns:
+            The samples, to be looked at after every step.
+
+        Raises:
+            ConfigError: `samples` below 1.
+            DataError: an empty prompt, or one that leaves no room in the context.
+        """
+        if samples < 1:
+            raise ConfigError(f"samples must be at least 1, got {samples}")
+        writings = tuple(
+            begin(prompt, settings, key, index, sample, self._context) for sample in range(samples)
+        )
+        self._queue.append(_Reading(prompt=prompt, waiting=deque(writings)))
+        return writings
+
+    def cancel(self, writing: Writing) -> None:
+        """End a completion where it is; what it has is kept, its slot is free at the next step."""
+        writing.cancelled = writing.cancelled or not writing.finished
+
+    @torch.inference_mode()
+    def step(self) -> list[Writing]:
+        """Read prompts into free slots, then draw once in every slot.
+
+        Returns:
+            The sequences that were worked on, in no particular order; those whose logits are
+            broken say so as their `failure`, and leave the others alone.
+        """
+        with _all_evaluating(self._models):
+            self._leave()
+            touched = self._admit()
+            self._leave()
+            if self._active:
+                touched = list(dict.fromkeys([*touched, *self._active]))
+                if self._ahead:
+                    self._speculate()
+                else:
+                    self._advance()
+        return touched
+
+    # --- reading prompts ---
+
+    def _admit(self) -> list[Writing]:
+        """Fill free slots from the queue; those that entered, their first token drawn."""
+        entered: list[Writing] = []
+        self._drop_cancelled()
+        free = self._slots - len(self._active)
+        wanted = sum(len(reading.waiting) for reading in self._queue)
+        # Prompts are read a few at a time: alone, one costs nearly what several cost together.
+        if not wanted or (self._active and free < min(wanted, max(1, self._slots // 8))):
+            return entered
+        self._read(free)
+        while self._queue and self._queue[0].logits is not None:
+            reading = self._queue[0]
+            count = min(self._slots - len(self._active), len(reading.waiting))
+            if count:
+                entered += self._enter(reading, count)
+            if reading.waiting:
+                break
+            self._queue.popleft()
+        return entered
+
+    def _drop_cancelled(self) -> None:
+        for reading in self._queue:
+            if any(writing.cancelled for writing in reading.waiting):
+                reading.waiting = deque(w for w in reading.waiting if not w.cancelled)
+        self._queue = deque(reading for reading in self._queue if reading.waiting)
+
+    def _read(self, free: int) -> None:
+        """Read, within the budget, prompts whose samples may find one of `free` slots."""
+        chosen: list[_Reading] = []
+        longest = slots = 0
+        for reading in self._queue:
+            if slots >= free:
+                break
+            slots += len(reading.waiting)
+            if reading.logits is not None:
+                continue
+            longest = max(longest, len(reading.prompt))
+            if chosen and (len(chosen) + 1) * longest > self._prefill:
+                break
+            chosen.append(reading)
+            if reading.done or len(reading.prompt) > self._prefill:
+                break  # a long one is read alone, and the next ones after it
+        if not chosen:
+            return
+        first = chosen[0]
+        if not first.caches:
+            longest = max(len(reading.prompt) for reading in chosen)
+            caches = [model.new_cache(len(chosen), longest, self._ahead) for model in self._models]
+            for row, reading in enumerate(chosen):
+                reading.caches, reading.row = caches, row
+        pieces = [r.prompt[r.done : r.done + self._prefill].cpu() for r in chosen]
+        batch = _columns(pieces, chosen[0].done, self._ahead + 2)
+        ends = torch.tensor([len(piece) - 1 for piece in pieces])
+        ends += torch.arange(len(pieces)) * batch.shape[1]
+        for reading, piece in zip(chosen, pieces, strict=True):
+            reading.done += len(piece)
+        whole = chosen[-1].done == len(chosen[-1].prompt)
+        for which, (model, cache) in enumerate(zip(self._models, first.caches, strict=True)):
+            device = device_of(model, first.prompt)
+            prediction = model(batch.to(device), cache)
+            if whole and which == 0:
+                logits = prediction.logits(ends.to(device))
+                for row, reading in enumerate(chosen):
+                    reading.logits = logits[row : row + 1]
+
+    def _enter(self, reading: _Reading, count: int) -> list[Writing]:
+        """Give `count` samples of a prompt that was read a slot each; draw their first token."""
+        entering = [reading.waiting.popleft() for _ in range(count)]
+        if not self._caches:
+            self._caches = [
+                model.new_cache(self._slots, self._capacity(), self._ahead).select(_indices([]))
+                for model in self._models
+            ]
+        rows = _indices(range(len(self._active), len(self._active) + count))
+        for cache, source in zip(self._caches, reading.caches, strict=True):
+            cache.put(rows, source, _indices([reading.row] * count))
+        self._active += entering
+        assert reading.logits is not None
+        self._draw(reading.logits.expand(count, -1), entering)
+        return entering
+
+    def _capacity(self) -> int:
+        # The last token drawn is never read.
+        return self._context - 1
+
+    # --- drawing ---
+
+    def _advance(self) -> None:
+        """One token in every used slot."""
+        (model,), (cache,) = self._models, self._caches
+        device = device_of(model, self._active[0].prompt)
+        tokens = torch.tensor([[w.tokens[-1]] for w in self._active], device=device)
+        positions = torch.tensor([[w.position] for w in self._active], device=device)
+        logits = model(_plain(tokens, positions), cache).logits(slice(None))
+        self._draw(logits, self._active)
+
+    def _draw(self, logits: Tensor, writings: Sequence[Writing]) -> None:
+        """A token for each row of logits (n V), into the writing of that row."""
+        for distribution, rows in _by_distribution(writings).items():
+            chosen = list(writings) if len(rows) == len(writings) else [writings[r] for r in rows]
+            some = logits if len(rows) == len(writings) else logits[_indices(rows)]
+            uniforms = [writing.uniforms[len(writing.tokens)] for writing in chosen]
+            drawn = _drawn(some, uniforms, distribution, chosen)
+            columns = (drawn.tokens.tolist(), drawn.logprob.tolist(), drawn.model_logprob.tolist())
+            sound = [writing for writing in chosen if writing.failure is None]
+            for writing, *values in zip(sound, *columns, strict=True):
+                writing.write(*values)
+
+    def _speculate(self) -> None:
+        """As many tokens as the draft guesses, and one more, in every used slot."""
+        (model, draft), (cache, draft_cache) = self._models, self._caches
+        proposals = propose(draft, draft_cache, self._active, self._ahead)
+        logits = model(proposals.batch, cache).logits(slice(None))
+        logits = logits.unflatten(0, proposals.batch.shape)
+        self._judge(proposals, logits)
+        # All but the newest token; what failed got none, and leaves.
+        lengths = [w.position + (w.failure is not None) for w in self._active]
+        for each in (cache, draft_cache):
+            each.rewind(lengths)
+
+    def _judge(self, proposals: Proposals, logits: Tensor) -> None:
+        held = proposals.batch.documents >= 0
+        for distribution, rows in _by_distribution(self._active).items():
+            writings = [self._active[row] for row in rows]
+            broken = (logits[rows].amax(-1).isfinite().logical_not() & held[rows]).any(1).tolist()
+            for writing, bad in zip(writings, broken, strict=True):
+                if bad:
+                    _fail(writing)
+            chosen = [row for row, bad in zip(rows, broken, strict=True) if not bad]
+            if not chosen:
+                continue
+            writings = [self._active[row] for row in chosen]
+            some = proposals.rows(_indices(chosen).to(logits.device))
+            written = accepted(some, logits[chosen], writings, distribution)
+            for writing, tokens in zip(writings, written, strict=True):
+                for token in tokens:
+                    writing.write(token.id, token.logprob, token.model_logprob)
+                    if writing.finished:
+                        break
+
+    # --- leaving ---
+
+    def _leave(self) -> None:
+        """Give the slots of finished sequences free, and move the last ones into the gaps."""
+        kept = [row for row, writing in enumerate(self._active) if not writing.finished]
+        if len(kept) == len(self._active):
+            return
+        movers = [row for row in kept if row >= len(kept)]
+        rows = [
+            movers.pop() if self._active[place].finished else place for place in range(len(kept))
+        ]
+        self._active = [self._active[row] for row in rows]
+        self._caches = [cache.select(_indices(rows)) for cache in self._caches]
 
 
 def generate(
     model: Backbone,
     prompts: Sequence[Tensor],
-    settings: Settings,
+    settings: Settings | Sequence[Settings],
     key: Key,
     samples: int = 1,
     *,
     indices: Sequence[int] | None = None,
     rows: int = 64,
+    draft: Backbone | None = None,
+    ahead: int = 4,
 ) -> list[Group]:
     """`samples` completions of each prompt, in the prompts' order.
 
@@ -91,21 +346,24 @@ def generate(
     Args:
         model: what predicts; its cache lives as long as the call.
         prompts: T int64 each, of at least one token; lengths may differ.
-        settings: the same for all.
+        settings: the same for all, or one for each prompt.
         key: the draw of a token depends on (key, prompt index, sample index, position) alone.
         samples: G, completions of each prompt.
         indices: the prompts' indices in the key; 0, 1, 2, ... when absent. Give them to write some
             of a larger list's completions: a rank's share, or a single one again.
         rows: how many sequences are written at a time (memory against speed; the results do not
             depend on it).
+        draft: a smaller model that proposes tokens, see `Engine`.
+        ahead: how many at a time.
 
     Returns:
         One group for each prompt, its tensors on the prompt's device.
 
     Raises:
-        ConfigError: `samples` or `rows` below 1.
+        ConfigError: `samples` or `rows` below 1, or not as many settings or indices as prompts.
         DataError: an empty prompt, or one that leaves no room in the model's context.
-        NonFinite: logits from which nothing can be drawn; names prompt, sample and position.
+        Unfinished: (a `NonFinite`) logits from which nothing can be drawn; names prompt, sample and
+            token, and holds what the others wrote.
     """
     if samples < 1 or rows < 1:
         raise ConfigError(f"samples and rows must be at least 1, got {samples} and {rows}")
@@ -113,23 +371,50 @@ def generate(
         indices = range(len(prompts))
     if len(indices) != len(prompts):
         raise ConfigError(f"got {len(indices)} indices for {len(prompts)} prompts")
-    sequences = [
-        [_begin(model, prompt, settings, key, index, sample) for sample in range(samples)]
-        for prompt, index in zip(prompts, indices, strict=True)
+    each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
+    if len(each) != len(prompts):
+        raise ConfigError(f"got {len(each)} settings for {len(prompts)} prompts")
+    context = model.context if draft is None else min(model.context, draft.context)
+    longest = max(
+        (min(p.numel() + s.max_new_tokens, context) for p, s in zip(prompts, each, strict=True)),
+        default=2,
+    )
+    engine = Engine(
+        model,
+        slots=min(rows, max(1, len(prompts) * samples)),
+        capacity=max(longest, 2),
+        draft=draft,
+        ahead=ahead,
+    )
+    # Prompts of like length are read side by side with the least padding; no result depends on it.
+    order = sorted(range(len(prompts)), key=lambda at: prompts[at].numel())
+    groups: dict[int, tuple[Writing, ...]] = {
+        at: engine.add(prompts[at], each[at], key, index=indices[at], samples=samples)
+        for at in order
+    }
+    while not engine.idle:
+        engine.step()
+    written = [
+        Group(prompt=prompt, completions=tuple(w.completion() for w in groups[at]))
+        for at, prompt in enumerate(prompts)
     ]
-    # Neighbours of like length waste the least padding; the order changes no result.
-    waiting = [s for group in sorted(sequences, key=lambda g: len(g[0].prompt)) for s in group]
-    for start in range(0, len(waiting), rows):
-        for _ in _decode(model, waiting[start : start + rows], settings):
-            pass
-    return [
-        Group(prompt=prompt, completions=tuple(s.completion() for s in group))
-        for prompt, group in zip(prompts, sequences, strict=True)
-    ]
+    failures = [str(w.failure) for at in sorted(groups) for w in groups[at] if w.failure]
+    if failures:
+        error = Unfinished("; ".join(failures))
+        error.groups = written
+        raise error
+    return written
 
 
 def stream(
-    model: Backbone, prompt: Tensor, settings: Settings, key: Key, *, index: int = 0
+    model: Backbone,
+    prompt: Tensor,
+    settings: Settings,
+    key: Key,
+    *,
+    index: int = 0,
+    draft: Backbone | None = None,
+    ahead: int = 4,
 ) -> Iterator[Token]:
     """The tokens of one completion, each as soon as it is drawn.
 
@@ -140,180 +425,98 @@ def stream(
         DataError: an empty prompt, or one that leaves no room in the model's context.
         NonFinite: logits from which nothing can be drawn; names the position.
     """
-    sequence = _begin(model, prompt, settings, key, index, 0)
-    for _ in _decode(model, [sequence], settings):
-        yield sequence.last()
+    capacity = max(2, prompt.numel() + settings.max_new_tokens)
+    engine = Engine(model, slots=1, capacity=capacity, draft=draft, ahead=ahead)
+    (writing,) = engine.add(prompt, settings, key, index=index)
+    shown = 0
+    while not writing.finished:
+        engine.step()
+        yield from writing.newest(len(writing.tokens) - shown)
+        shown = len(writing.tokens)
+    if writing.failure is not None:
+        raise writing.failure
 
 
-def sampler(model: Backbone, settings: Settings, samples: int) -> Sampler:
+def sampler(
+    model: Backbone,
+    settings: Settings,
+    samples: int,
+    *,
+    rows: int = 64,
+    draft: Backbone | None = None,
+    ahead: int = 4,
+) -> Sampler:
     """`generate` with everything but the prompts and the key decided."""
 
     def sample(prompts: Sequence[Tensor], key: Key, /) -> list[Group]:
-        return generate(model, prompts, settings, key, samples)
+        return generate(model, prompts, settings, key, samples, rows=rows, draft=draft, ahead=ahead)
 
     return sample
 
 
-@dataclass(kw_only=True)
-class _Sequence:
-    """A prompt and what has been written after it so far."""
-
-    prompt: Tensor
-    name: str
-    uniforms: np.ndarray[tuple[int], np.dtype[np.float64]]
-    """One number for each token there is room for."""
-    tokens: list[int] = field(default_factory=list)
-    logprob: list[float] = field(default_factory=list)
-    model_logprob: list[float] = field(default_factory=list)
-    stopped: bool = False
-
-    @property
-    def finished(self) -> bool:
-        return self.stopped or len(self.tokens) == len(self.uniforms)
-
-    def last(self) -> Token:
-        return Token(
-            id=self.tokens[-1],
-            logprob=self.logprob[-1],
-            model_logprob=self.model_logprob[-1],
-        )
-
-    def completion(self) -> Completion:
-        # Made here, outside inference mode, so that a trainer may differentiate through them.
-        device = self.prompt.device
-        return Completion(
-            tokens=torch.tensor(self.tokens, dtype=torch.int64, device=device),
-            logprob=torch.tensor(self.logprob, dtype=torch.float32, device=device),
-            model_logprob=torch.tensor(self.model_logprob, dtype=torch.float32, device=device),
-            stopped=self.stopped,
-        )
+def _by_distribution(
+    writings: Sequence[Writing],
+) -> dict[tuple[float, int, float], list[int]]:
+    """The rows of the sequences that draw in the same way."""
+    rows: dict[tuple[float, int, float], list[int]] = {}
+    for row, writing in enumerate(writings):
+        rows.setdefault(writing.settings.distribution, []).append(row)
+    return rows
 
 
-def _begin(
-    model: Backbone, prompt: Tensor, settings: Settings, key: Key, index: int, sample: int
-) -> _Sequence:
-    if prompt.ndim != 1 or len(prompt) == 0:
-        raise DataError(
-            f"prompt {index} has shape {tuple(prompt.shape)}; a prompt is one row of at least one "
-            "token (begin with BOS where there is no text)"
-        )
-    room = model.context - len(prompt)
-    if room < 1:
-        raise DataError(
-            f"prompt {index} has {len(prompt)} tokens, the model's context is {model.context}; "
-            "shorten it so that at least one new token fits"
-        )
-    count = min(room, settings.max_new_tokens)
-    return _Sequence(
-        prompt=prompt,
-        name=f"prompt {index}, sample {sample}",
-        uniforms=key.fold(index, sample).numpy().random(count),
-    )
-
-
-@torch.inference_mode()
-def _decode(model: Backbone, sequences: Sequence[_Sequence], settings: Settings) -> Iterator[None]:
-    """Write all sequences to their ends, side by side; yields after each step."""
-    active = list(sequences)
-    steps = max(len(s.uniforms) for s in active)
-    with evaluating(model):
-        logits, cache = _prefill(model, active)
-    device = logits.device
-    positions = torch.tensor([len(s.prompt) for s in active], device=device)
-    padded = [np.pad(s.uniforms, (0, steps - len(s.uniforms))) for s in active]
-    uniforms = torch.from_numpy(np.stack(padded, axis=1)).to(device)  # steps rows
-    for step in range(steps):
-        drawn = _draw(logits, uniforms[step], settings, active)
-        _write(active, drawn, settings.stop_ids)
-        yield
-        tokens = drawn.tokens
-        survivors = _survivors(active)
-        if not survivors:
-            return
-        if len(survivors) < len(active):
-            active = [active[row] for row in survivors]
-            chosen = torch.tensor(survivors, device=device)
-            cache = cache.select(chosen)
-            tokens, positions, uniforms = tokens[chosen], positions[chosen], uniforms[:, chosen]
-        with evaluating(model):
-            logits = model(_next(tokens, positions), cache).logits(slice(None))
-        positions = positions + 1
-
-
-def _prefill(model: Backbone, sequences: Sequence[_Sequence]) -> tuple[Tensor, Cache]:
-    """Logits after each sequence's prompt (n V), and a cache with a row for each sequence.
-
-    Neighbours with the same prompt share one reading of it.
-    """
-    prompts: list[Tensor] = []
-    rows: list[int] = []
-    for sequence in sequences:
-        if not prompts or sequence.prompt is not prompts[-1]:
-            prompts.append(sequence.prompt)
-        rows.append(len(prompts) - 1)
-    longest = max(len(s.prompt) + len(s.uniforms) for s in sequences)
-    batch = TokenBatch.of([prompt.cpu() for prompt in prompts]).to(_device(model, prompts[0]))
-    # The last token drawn is never read.
-    cache = model.new_cache(len(prompts), longest - 1)
-    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=batch.tokens.device)
-    starts = torch.arange(len(prompts), device=ends.device) * batch.shape[1]
-    logits = model(batch, cache).logits(starts + ends)
-    if len(prompts) == len(rows):
-        return logits, cache
-    chosen = torch.tensor(rows, device=ends.device)
-    return logits[chosen], cache.select(chosen)
-
-
-def _next(tokens: Tensor, positions: Tensor) -> TokenBatch:
-    """One new token a row; nothing is a target."""
-    column = tokens.unsqueeze(1)
-    zeros = torch.zeros_like(column)
-    return TokenBatch(
-        tokens=column,
-        positions=positions.unsqueeze(1),
-        documents=zeros,
-        targets=zeros,
-        mask=zeros.bool(),
-    )
-
-
-def _draw(
-    logits: Tensor, uniforms: Tensor, settings: Settings, active: Sequence[_Sequence]
+def _drawn(
+    logits: Tensor,
+    uniforms: Sequence[float],
+    distribution: tuple[float, int, float],
+    writings: Sequence[Writing],
 ) -> Draws:
+    """A draw for each row that is sound; the writings of the others get a `failure`."""
+    temperature, top_k, top_p = distribution
+    numbers = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
     try:
-        return draw(
-            logits,
-            uniforms,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-        )
-    except NonFinite as error:
-        names = [f"{active[r].name}, token {len(active[r].tokens)}" for r in broken_rows(logits)]
-        raise NonFinite(
-            f"the model's logits are NaN, +inf or all -inf for {'; '.join(names)}; "
-            "look for NaN in its weights, or decode in float32"
-        ) from error
+        return draw(logits, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
+    except NonFinite:
+        for row in broken_rows(logits):
+            _fail(writings[row])
+    sound = [row for row, writing in enumerate(writings) if writing.failure is None]
+    return draw(logits[sound], numbers[sound], temperature=temperature, top_k=top_k, top_p=top_p)
 
 
-def _write(active: Sequence[_Sequence], drawn: Draws, stop_ids: Sequence[int]) -> None:
-    columns = (drawn.tokens.tolist(), drawn.logprob.tolist(), drawn.model_logprob.tolist())
-    for sequence, token, logprob, model_logprob in zip(active, *columns, strict=True):
-        sequence.tokens.append(token)
-        sequence.logprob.append(logprob)
-        sequence.model_logprob.append(model_logprob)
-        sequence.stopped = token in stop_ids
+def _fail(writing: Writing) -> None:
+    writing.failure = NonFinite(
+        f"the model's logits are NaN, +inf or all -inf for {writing.name}, token "
+        f"{len(writing.tokens)}; look for NaN in its weights, or decode in float32"
+    )
 
 
-def _survivors(active: Sequence[_Sequence]) -> list[int]:
-    """The rows that go on; a gap is filled from the end, so that few rows of the cache move."""
-    rows = [row for row, sequence in enumerate(active) if not sequence.finished]
-    kept = len(rows)
-    movers = [row for row in rows if row >= kept]
-    return [movers.pop() if active[row].finished else row for row in range(kept)]
+def _plain(tokens: Tensor, positions: Tensor) -> TokenBatch:
+    """Columns of new tokens; nothing is a target."""
+    zeros = torch.zeros_like(tokens)
+    return TokenBatch(
+        tokens=tokens, positions=positions, documents=zeros, targets=zeros, mask=zeros.bool()
+    )
 
 
-def _device(model: Backbone, prompt: Tensor) -> torch.device:
-    if isinstance(model, nn.Module):
-        return next(model.parameters()).device
-    return prompt.device
+def _columns(pieces: Sequence[Tensor], start: int, least: int) -> TokenBatch:
+    """Pieces of prompts that begin at position `start`, padded on the right.
+
+    Args:
+        pieces: at least one token each.
+        start: the same for all.
+        least: columns to have; a model lays out its weights anew for fewer, which one reading of
+            a prompt is not worth.
+    """
+    batch = TokenBatch.of([*pieces, torch.zeros(least, dtype=torch.int64)]).rows(0, len(pieces))
+    return replace(batch, positions=torch.where(batch.documents >= 0, batch.positions + start, 0))
+
+
+def _indices(rows: Sequence[int]) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64)
+
+
+@contextmanager
+def _all_evaluating(models: Sequence[Backbone]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        yield

@@ -114,13 +114,17 @@ class GuidedPrediction:
 class GuidedCache:
     """The past of both streams, and the prompts of rows whose first prediction is still to come."""
 
-    def __init__(self, conditional: Cache, unconditional: Cache, rows: int) -> None:
+    def __init__(self, conditional: Cache, unconditional: Cache, rows: int, ahead: int = 0) -> None:
         self.conditional = conditional
         self.unconditional = unconditional
+        self.ahead = ahead
+        """How many of a row's newest tokens `rewind` may take back."""
         self.pending: list[Tensor | None] = [None] * rows
         """Each row's prompt so far; None once the unconditional stream has begun."""
         self.lengths = [0] * rows
         """Tokens of each row that the unconditional stream holds."""
+        self.read_lengths = [0] * rows
+        """Tokens of each row that the conditional stream holds."""
 
     @property
     def capacity(self) -> int:
@@ -133,6 +137,8 @@ class GuidedCache:
         counts, firsts = held.sum(1).tolist(), held.long().argmax(1)
         starts = batch.positions.gather(1, firsts.unsqueeze(1)).squeeze(1).tolist()
         for row, (count, start) in enumerate(zip(counts, starts, strict=True)):
+            if count:
+                self.read_lengths[row] = start + count
             before = self.pending[row]
             if not count or (start and before is None):
                 continue
@@ -143,11 +149,35 @@ class GuidedCache:
         """This cache, with the past of the chosen rows, in that order; one may be chosen twice."""
         chosen = rows.tolist()
         selected = GuidedCache(
-            self.conditional.select(rows), self.unconditional.select(rows), len(chosen)
+            self.conditional.select(rows), self.unconditional.select(rows), len(chosen), self.ahead
         )
         selected.pending = [self.pending[row] for row in chosen]
         selected.lengths = [self.lengths[row] for row in chosen]
+        selected.read_lengths = [self.read_lengths[row] for row in chosen]
         return selected
+
+    def put(self, rows: Tensor, other: GuidedCache, sources: Tensor) -> None:
+        """Let `rows` hold what `sources` of another cache hold; rows after the last are new."""
+        self.conditional.put(rows, other.conditional, sources)
+        self.unconditional.put(rows, other.unconditional, sources)
+        for place, source in zip(rows.tolist(), sources.tolist(), strict=True):
+            missing = place + 1 - len(self.pending)
+            self.pending += [None] * missing
+            self.lengths += [0] * missing
+            self.read_lengths += [0] * missing
+            self.pending[place] = other.pending[source]
+            self.lengths[place] = other.lengths[source]
+            self.read_lengths[place] = other.read_lengths[source]
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Take the newest tokens of each row, which both streams have read, back."""
+        shorter = [
+            held and held - before + length  # at strength 1 the other stream has read nothing
+            for held, before, length in zip(self.lengths, self.read_lengths, lengths, strict=True)
+        ]
+        self.conditional.rewind(lengths)
+        self.unconditional.rewind(shorter)
+        self.lengths, self.read_lengths = shorter, list(lengths)
 
 
 class Guided(nn.Module):
@@ -192,14 +222,18 @@ class Guided(nn.Module):
         other = self.unconditional.context - self.unprompted.longest + 1
         return min(self.conditional.context, other)
 
-    def new_cache(self, rows: int, capacity: int) -> GuidedCache:
-        """An empty cache for `rows` sequences of at most `capacity` tokens."""
+    def new_cache(self, rows: int, capacity: int, ahead: int = 0) -> GuidedCache:
+        """An empty cache for `rows` sequences of at most `capacity` tokens.
+
+        Its `rewind` can take back up to `ahead` tokens of a row.
+        """
         # A completion may take all of the capacity, behind a longer prompt than the row's own.
         other = min(self.unconditional.context, capacity + self.unprompted.longest)
         return GuidedCache(
-            self.conditional.new_cache(rows, capacity),
-            self.unconditional.new_cache(rows, other),
+            self.conditional.new_cache(rows, capacity, ahead),
+            self.unconditional.new_cache(rows, other, ahead),
             rows,
+            ahead,
         )
 
     def forward(self, batch: TokenBatch, cache: GuidedCache | None = None) -> Prediction:
@@ -214,6 +248,7 @@ class Guided(nn.Module):
         if cache is None:
             return self._whole(batch)
         conditional = self.conditional(batch, cache.conditional)
+        cache.read(batch)
         if self.strength == 1.0:
             return conditional
         return self._continued(batch, conditional, cache)
@@ -251,7 +286,6 @@ class Guided(nn.Module):
         self, batch: TokenBatch, conditional: Prediction, cache: GuidedCache
     ) -> Prediction:
         held = batch.documents >= 0
-        cache.read(batch)
         begun = torch.tensor([prompt is None for prompt in cache.pending], device=held.device)
         going = held & begun.unsqueeze(1)
         unconditional = None
@@ -287,7 +321,10 @@ class Guided(nn.Module):
             cache.pending[row], cache.lengths[row] = None, len(others[row])
         absent = torch.zeros(1, dtype=torch.int64)
         count = len(cache.pending)
-        batch = TokenBatch.of([others.get(row, absent) for row in range(count)])
+        # As many columns as make this the reading of a prompt, for which no weights are laid out.
+        wide = torch.zeros(cache.ahead + 2, dtype=torch.int64)
+        batch = TokenBatch.of([*(others.get(row, absent) for row in range(count)), wide])
+        batch = batch.rows(0, count)
         batch.documents[[row for row in range(count) if row not in others]] = -1
         prediction = self.unconditional(batch.to(device), cache.unconditional)
         ends = [row * batch.shape[1] + len(others[row]) - 1 for row in rows]

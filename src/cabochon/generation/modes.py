@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["evaluating"]
+__all__ = ["device_of", "evaluating"]
 
 
 @contextmanager
@@ -25,3 +26,8 @@ def evaluating(model: object) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def device_of(model: object, like: Tensor) -> torch.device:
+    """Where a model's parameters are; a policy that is no `nn.Module` takes what it is given."""
+    return next(model.parameters()).device if isinstance(model, nn.Module) else like.device

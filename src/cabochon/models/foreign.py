@@ -8,7 +8,7 @@ tokens, when it is wrapped; where packing would not be exact it is refused.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +58,57 @@ class ForeignCache:
 
     def select(self, rows: Tensor) -> ForeignCache:
         """This cache, with the past of the chosen rows, in that order; one may be chosen twice."""
-        self.past.batch_select_indices(rows)
+        rows = rows.to(self.held.device)
+        if len(rows) == 0:
+            self.past = _transformers().DynamicCache()
+            self.held, self.positions = self.held[:0, :0], self.positions[:0, :0]
+        else:
+            self.past.batch_select_indices(rows)
+            self.held, self.positions = self.held[rows], self.positions[rows]
         self._lengths = [self._lengths[row] for row in rows.tolist()]
-        self.held, self.positions = self.held[rows], self.positions[rows]
         return self
+
+    def put(self, rows: Tensor, other: ForeignCache, sources: Tensor) -> None:
+        """Let `rows` hold what `sources` of another cache hold; rows after the last are new."""
+        rows, sources = rows.to(self.held.device), sources.to(self.held.device)
+        places = rows.tolist()
+        count = max(len(self._lengths), max(places) + 1)
+        kept = torch.ones(len(self._lengths), dtype=torch.bool)
+        kept[[place for place in places if place < len(kept)]] = False
+        # What lies before the longest past that stays is closed up: the slots only ever grow.
+        order = (~self.held).long().argsort(dim=1, stable=True)
+        longest = max([n for n, keep in zip(self._lengths, kept, strict=True) if keep], default=0)
+        order = order[:, :longest]
+        slots = max(longest, other.held.shape[1])
+        held, positions = self.held, self.positions
+        self.held = _room(held.gather(1, order), count, slots)
+        self.positions = _room(positions.gather(1, order), count, slots)
+        self.held[rows], self.positions[rows] = False, 0
+        self.held[rows, : other.held.shape[1]] = other.held[sources]
+        self.positions[rows, : other.held.shape[1]] = other.positions[sources]
+        past, mine = _transformers().DynamicCache(), self.past.layers
+        for number, theirs in enumerate(other.past.layers):
+            both = []
+            for name in ("keys", "values"):
+                brought = getattr(theirs, name)[sources]
+                filled = brought.new_zeros(count, brought.shape[1], slots, brought.shape[3])
+                if number < len(mine) and longest:
+                    old = getattr(mine[number], name)
+                    places_of = order[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+                    filled[: len(old), :, :longest] = old.gather(2, places_of)
+                filled[rows, :, : brought.shape[2]] = brought
+                both.append(filled)
+            past.update(*both, number)
+        self.past = past
+        self._lengths += [0] * (count - len(self._lengths))
+        for place, source in zip(places, sources.tolist(), strict=True):
+            self._lengths[place] = other._lengths[source]
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Take the newest tokens of each row back, so that so many are left of it."""
+        self._lengths = list(lengths)
+        left = torch.tensor(self._lengths, device=self.held.device)
+        self.held &= self.positions < left.unsqueeze(1)
 
     def remember(self, batch: TokenBatch) -> None:
         """Make the slots for the new tokens known.
@@ -129,8 +176,11 @@ class ForeignModel(nn.Module):
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return sys.maxsize if limit is None else int(limit)
 
-    def new_cache(self, rows: int, capacity: int) -> ForeignCache:
-        """An empty cache for `rows` sequences of at most `capacity` tokens."""
+    def new_cache(self, rows: int, capacity: int, ahead: int = 0) -> ForeignCache:  # noqa: ARG002
+        """An empty cache for `rows` sequences of at most `capacity` tokens.
+
+        Its `rewind` can take back any number of tokens, whatever `ahead`.
+        """
         return ForeignCache(rows, capacity, device=self.inner.device)
 
     def _need_masks(self, purpose: str) -> None:
@@ -165,6 +215,13 @@ class ForeignModel(nn.Module):
             head=self.inner.get_output_embeddings().weight,
             cap=getattr(self.config.get_text_config(), "final_logit_softcapping", None),
         )
+
+
+def _room(values: Tensor, rows: int, slots: int) -> Tensor:
+    """`values` (B S) with zeros for further rows and slots."""
+    wider = values.new_zeros(rows, slots)
+    wider[: values.shape[0], : values.shape[1]] = values
+    return wider
 
 
 def read_foreign(

@@ -1,15 +1,17 @@
 """The keys and values a Gemma remembers of the rows it is decoding.
 
 Everything is allocated once. Layers that see the whole past keep `capacity` slots a row, sliding
-layers a ring of `window` slots; the token at position p lies in slot p modulo their number. Each
-row has its own positions, so rows of unequal length share a cache, and a row that begins again at
-position 0 needs no clearing: what it held before lies in slots that it writes before it sees them.
+layers a ring of `window` slots (and as many more as tokens may be taken back); the token at
+position p lies in slot p modulo their number. Each row has its own positions, so rows of unequal
+length share a cache, and a row that begins again at position 0 needs no clearing: what it held
+before lies in slots that it writes before it sees them. Nor do tokens that were taken back: by
+where they lie they pass for tokens one turn of the ring older, which no token sees any more.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ from cabochon.core.types import TokenBatch
 from cabochon.models.continuation import continued
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.kernels import attention, attention_cached
-from cabochon.models.gemma.step import AttendOne, Step, curve
+from cabochon.models.gemma.step import AttendFew, Step, curve
 
 __all__ = ["Attend", "GemmaCache"]
 
@@ -50,32 +52,50 @@ class GemmaCache:
         config: GemmaConfig,
         rows: int,
         capacity: int,
+        ahead: int = 0,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Allocate, once, all that decoding will need.
 
+        Args:
+            config: of the model.
+            rows: B, sequences side by side.
+            capacity: tokens of the longest.
+            ahead: how many of a row's newest tokens `rewind` may take back.
+            device: of the model.
+            dtype: of the keys and values.
+
         Raises:
-            DataError: rows or capacity is below 1.
+            DataError: rows or capacity is below 1, or `ahead` below 0.
         """
-        if rows < 1 or capacity < 1:
+        if rows < 1 or capacity < 1 or ahead < 0:
             raise DataError(
-                f"a cache needs rows and capacity of at least 1, got {rows}, {capacity}"
+                "a cache needs rows and capacity of at least 1 and ahead of at least 0, got "
+                f"{rows}, {capacity}, {ahead}"
             )
         self._config = config
         self._capacity = capacity
-        self._sizes = [min(window or capacity, capacity) for window in config.layer_windows]
+        self._ahead = ahead
+        self._windows = [min(window or capacity, capacity) for window in config.layer_windows]
+        # How many slots a window's layers have: a window that covers the capacity needs no ring.
+        self._slots_of = {w: min(w + ahead, capacity) for w in self._windows}
         # Keys, then values: 2 (B K) slots H. The slot beyond those that are read takes what must
         # not be remembered: padding.
         self._buffers = [
             torch.zeros(
-                2, rows * config.kv_heads, size + 1, config.head_width, device=device, dtype=dtype
+                2,
+                rows * config.kv_heads,
+                self._slots_of[window] + 1,
+                config.head_width,
+                device=device,
+                dtype=dtype,
             )
-            for size in self._sizes
+            for window in self._windows
         ]
         self._lengths = [0] * rows
-        self._extent = 0
+        """Tokens that each row holds; on CUDA, where looking would stall, at most that many."""
         self._slots = torch.arange(capacity, device=device)
         self._lines = self._first_lines()
         self.step: Step | None = None
@@ -92,9 +112,19 @@ class GemmaCache:
         return len(self._lengths)
 
     @property
+    def room(self) -> int:
+        """How many sequences it has memory for."""
+        return self._buffers[0].shape[1] // self._config.kv_heads
+
+    @property
     def capacity(self) -> int:
         """How many tokens a row can hold."""
         return self._capacity
+
+    @property
+    def ahead(self) -> int:
+        """How many of a row's newest tokens `rewind` may take back."""
+        return self._ahead
 
     @property
     def nbytes(self) -> int:
@@ -108,26 +138,81 @@ class GemmaCache:
             DataError: a row does not go on from what the cache holds of it (`continued`). On CUDA
                 nothing is checked: looking at positions would stall the device.
         """
-        fresh = self._extent == 0
+        fresh = not any(self._lengths)
         extent = self._advance(batch)
-        plans = {size: self._plan(batch, size, extent, fresh=fresh) for size in set(self._sizes)}
-        return [self._attend(layer, plans[size], batch) for layer, size in enumerate(self._sizes)]
+        plans = {
+            window: self._plan(batch, window, extent, fresh=fresh) for window in self._slots_of
+        }
+        return [
+            self._attend(layer, plans[window], batch) for layer, window in enumerate(self._windows)
+        ]
 
-    def attends_one(self, batch: TokenBatch) -> list[AttendOne]:
-        """`attends` for one new token a row, on what `Step` has rotated already.
+    def attends_few(self, batch: TokenBatch) -> list[AttendFew]:
+        """`attends` for at most 1 + `ahead` new tokens a row, on what `Step` has rotated already.
 
         Raises:
             DataError: as `attends`.
         """
         extent = self._advance(batch)
         plans = {}
-        for size in set(self._sizes):
+        for window, size in self._slots_of.items():
             slots = min(extent, size)
-            hidden = self._slots[:slots] > batch.positions
+            hidden = self._hidden(batch.positions.unsqueeze(-1), window, slots)
             bias = torch.zeros(hidden.shape, device=hidden.device)
-            bias = bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)
-            plans[size] = (self._index(batch, size), bias, slots)
-        return [self._attend_one(layer, *plans[size]) for layer, size in enumerate(self._sizes)]
+            bias = bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)  # B 1 T S
+            plans[window] = (self._index(batch, window), bias, slots)
+        return [
+            self._attend_few(layer, *plans[window]) for layer, window in enumerate(self._windows)
+        ]
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Take each row's newest tokens back, so that it holds as many as `lengths` says.
+
+        Raises:
+            DataError: a row would grow, or lose more tokens than `ahead`.
+        """
+        for row, (length, held) in enumerate(zip(lengths, self._lengths, strict=True)):
+            if not 0 <= held - length <= self._ahead:
+                raise DataError(
+                    f"row {row} holds {held} tokens and cannot go back to {length}: the cache was "
+                    f"made to take back {self._ahead}"
+                )
+        self._lengths = list(lengths)
+
+    def put(self, rows: Tensor, other: GemmaCache, sources: Tensor) -> None:
+        """Let `rows` hold what `sources` of another cache hold; what they held is forgotten.
+
+        Args:
+            rows: n int64, of this cache, each at most once; those that follow its last row in
+                order are new ones, for which it must have been made.
+            other: of the same model, with no greater capacity; it stays as it is. May be this one.
+            sources: n int64, rows of `other`; one may be chosen several times.
+
+        Raises:
+            DataError: the caches do not fit, or there is no place for so many rows.
+        """
+        kv_heads = self._config.kv_heads
+        rows, sources = rows.to(self._slots.device), sources.to(self._slots.device)
+        places, taken = rows.tolist(), sources.tolist()
+        if max(places) >= self.room:
+            raise DataError(
+                f"row {max(places)} is asked for, the cache was made for {self.room} rows"
+            )
+        if other._config != self._config or other._capacity > self._capacity:
+            raise DataError(
+                f"a cache of capacity {other._capacity} cannot go into one of {self._capacity}, nor "
+                "one of another configuration into this one"
+            )
+        self._lengths += [0] * (max(places) + 1 - len(self._lengths))
+        longest = max(other._lengths[row] for row in taken)
+        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
+            slots = min(longest, mine.shape[2] - 1, theirs.shape[2] - 1)
+            if slots < longest and mine.shape[2] != theirs.shape[2]:
+                raise DataError("the rings of the caches differ: make both with the same `ahead`")
+            target = mine.unflatten(1, (-1, kv_heads))[:, :, :, :slots]
+            target[:, rows] = theirs.unflatten(1, (-1, kv_heads))[:, :, :, :slots][:, sources]
+        for place, row in zip(places, taken, strict=True):
+            self._lengths[place] = other._lengths[row]
 
     def select(self, rows: Tensor) -> GemmaCache:
         """A cache with the past of the chosen rows, in that order; a row may be chosen twice.
@@ -136,8 +221,9 @@ class GemmaCache:
         only the rows that change places are copied.
 
         Args:
-            rows: n int64, at least one.
+            rows: n int64; with none the memory is kept for what `put` brings.
         """
+        rows = rows.to(self._slots.device)
         chosen = rows.tolist()
         other = copy.copy(self)
         other._lengths = [self._lengths[row] for row in chosen]
@@ -160,22 +246,31 @@ class GemmaCache:
         device, kv_heads = self._slots.device, self._config.kv_heads
         keys = torch.arange(heads, device=device).view(-1, kv_heads)
         lines = torch.cat([keys, keys + heads], dim=1)
-        return {size: lines * (size + 1) for size in set(self._sizes)}
+        return {size: lines * (size + 1) for size in self._slots_of.values()}
 
     def _advance(self, batch: TokenBatch) -> int:
         """Check that the tokens go on from the past; the positions any of them sees (at most)."""
         if batch.tokens.is_cuda:
-            self._extent = min(self._extent + batch.shape[1], self._capacity)
-            return self._extent
+            grown = [min(held + batch.shape[1], self._capacity) for held in self._lengths]
+            self._lengths = grown
+            return max(grown)
         spans = continued(self._lengths, batch, self._capacity)
         for row, span in enumerate(spans):
             if span:
                 self._lengths[row] = span.stop
-        extent = max(1, *(span.stop for span in spans))
-        self._extent = max(self._extent, extent)
-        return extent
+        return max(1, *(span.stop for span in spans))
 
-    def _index(self, batch: TokenBatch, size: int) -> Tensor:
+    def _hidden(self, positions: Tensor, window: int, slots: int) -> Tensor:
+        """B T S bool: what tokens at `positions` (B T 1) do not see of the first slots."""
+        size = self._slots_of[window]
+        if size == window:
+            return self._slots[:slots] > positions
+        # How far back the newest token lies that may be in a slot; before position 0 lies none.
+        distance = (positions - self._slots[:slots]).remainder_(size)
+        return distance >= (positions + 1).clamp_(max=window)
+
+    def _index(self, batch: TokenBatch, window: int) -> Tensor:
+        size = self._slots_of[window]
         positions, kept = batch.positions, batch.documents >= 0
         slot = positions
         if size < self._capacity:
@@ -186,27 +281,27 @@ class GemmaCache:
         slot = slot.masked_fill(~kept, size)
         return (self._lines[size][: self.rows, None] + slot.unsqueeze(-1)).flatten()
 
-    def _plan(self, batch: TokenBatch, size: int, extent: int, *, fresh: bool) -> _Plan:
-        index = self._index(batch, size)
+    def _plan(self, batch: TokenBatch, window: int, extent: int, *, fresh: bool) -> _Plan:
+        index, size = self._index(batch, window), self._slots_of[window]
         if fresh:
             return _Plan(index=index, visible=None, slots=0, apart=True)
-        if size < self._capacity and batch.shape[1] > 1:
-            return _Plan(
-                index=index, visible=self._ring_and_new(batch, size), slots=size, apart=True
-            )
+        if size < self._capacity and batch.shape[1] > 1 + self._ahead:
+            visible = self._ring_and_new(batch, window)
+            return _Plan(index=index, visible=visible, slots=size, apart=True)
         slots = min(extent, size)
-        visible = self._slots[:slots] <= batch.positions.unsqueeze(-1)
+        visible = ~self._hidden(batch.positions.unsqueeze(-1), window, slots)
         return _Plan(index=index, visible=visible, slots=slots, apart=False)
 
-    def _ring_and_new(self, batch: TokenBatch, size: int) -> Tensor:
-        """B T (size + T): what new tokens see of the ring before them, and of each other."""
+    def _ring_and_new(self, batch: TokenBatch, window: int) -> Tensor:
+        """B T (S + T): what new tokens see of the ring before them, and of each other."""
+        size = self._slots_of[window]
         positions, held = batch.positions, batch.documents >= 0
         start = positions.masked_fill(~held, self._capacity).amin(1, keepdim=True)  # B 1
         # The newest position before `start` that lies in each slot; negative where there is none.
-        past = start - 1 - (start - 1 - self._slots[:size]) % size  # B size
-        seen = (past[:, None] >= 0) & (positions.unsqueeze(-1) - past[:, None] < size)
+        past = start - 1 - (start - 1 - self._slots[:size]) % size  # B S
+        seen = (past[:, None] >= 0) & (positions.unsqueeze(-1) - past[:, None] < window)
         distance = positions[:, :, None] - positions[:, None, :]
-        among = (held[:, :, None] == held[:, None, :]) & (distance >= 0) & (distance < size)
+        among = (held[:, :, None] == held[:, None, :]) & (distance >= 0) & (distance < window)
         return torch.cat([seen & held[:, :, None], among], dim=-1)
 
     def _attend(self, layer: int, plan: _Plan, batch: TokenBatch) -> Attend:
@@ -240,19 +335,26 @@ class GemmaCache:
 
         return attend
 
-    def _attend_one(self, layer: int, index: Tensor, bias: Tensor, slots: int) -> AttendOne:
+    def _attend_few(self, layer: int, index: Tensor, bias: Tensor, slots: int) -> AttendFew:
         config, buffer = self._config, self._buffers[layer]
-        used = self.rows * config.kv_heads
+        rows, used, width = self.rows, self.rows * config.kv_heads, config.head_width
         keys, values = buffer[0, :used, :slots].transpose(1, 2), buffer[1, :used, :slots]
-        lines = buffer.view(-1, config.head_width)
-        group = config.heads // config.kv_heads
-        bend, gain, unit = curve(config.scale, config.attention_cap)
+        lines = buffer.view(-1, width)
+        few, group = bias.shape[2], config.heads // config.kv_heads
+        bend, _, unit = curve(config.scale, config.attention_cap)
 
-        def attend(qkv: Tensor) -> Tensor:
-            lines.index_copy_(0, index, qkv[:, config.heads :].reshape(-1, config.head_width))
-            queries = qkv[:, : config.heads].reshape(used, group, -1)
-            scores = bend(torch.bmm(queries, keys).float().mul_(gain)).view(self.rows, -1, slots)
-            probs = torch.add(bias, scores, alpha=unit).softmax(-1).to(qkv.dtype)
-            return torch.bmm(probs.view(used, group, slots), values).view(self.rows, -1)
+        def attend(queries: Tensor, new: Tensor) -> Tensor:
+            lines.index_copy_(0, index, new.reshape(-1, width))
+            if few == 1:
+                scores = torch.bmm(queries.reshape(used, group, width), keys)
+            else:
+                by_head = queries.view(rows, few, -1, group, width).permute(0, 2, 3, 1, 4)
+                scores = torch.bmm(by_head.reshape(used, -1, width), keys)
+            scores = bend(scores.float().view(rows, -1, few, slots))
+            probs = torch.add(bias, scores, alpha=unit).softmax(-1).to(new.dtype)
+            mixed = torch.bmm(probs.view(used, -1, slots), values)
+            if few > 1:
+                mixed = mixed.view(rows, -1, few, width).transpose(1, 2)
+            return mixed.reshape(rows * few, -1)
 
         return attend

@@ -159,7 +159,7 @@ class Gemma(nn.Module):
                 "with new_cache of the model that decodes"
             )
         with torch.no_grad():
-            if batch.shape[1] == 1:
+            if batch.shape[1] <= 1 + cache.ahead:
                 return self._step(batch, cache)
             heads = self.config.heads
             return self._predict(batch, [_rotated(a, heads) for a in cache.attends(batch)])
@@ -169,10 +169,16 @@ class Gemma(nn.Module):
         """Tokens of the longest document the model is meant for."""
         return self.config.context
 
-    def new_cache(self, rows: int, capacity: int) -> GemmaCache:
-        """An empty cache for `rows` sequences of at most `capacity` tokens."""
+    def new_cache(self, rows: int, capacity: int, ahead: int = 0) -> GemmaCache:
+        """An empty cache for `rows` sequences of at most `capacity` tokens.
+
+        Its `rewind` can take back up to `ahead` tokens of a row, and as many more than one may be
+        read at the speed of one.
+        """
         weight = self.embedding
-        return GemmaCache(self.config, rows, capacity, device=weight.device, dtype=weight.dtype)
+        return GemmaCache(
+            self.config, rows, capacity, ahead, device=weight.device, dtype=weight.dtype
+        )
 
     def with_window(self, window: int | None) -> Gemma:
         """The same parameters (shared, not copied) with another window in the sliding layers."""
@@ -183,12 +189,11 @@ class Gemma(nn.Module):
     def _step(self, batch: TokenBatch, cache: GemmaCache) -> PackedPrediction:
         step, weight = cache.step, self.embedding
         if step is None or not step.is_of(self.blocks, weight, self.final_norm):
-            step = cache.step = Step(
-                self.config, self.blocks, weight, self.final_norm, batch.shape[0]
-            )
+            rows = cache.room * (1 + cache.ahead)
+            step = cache.step = Step(self.config, self.blocks, weight, self.final_norm, rows)
         x = embedding(batch.tokens, weight) * _embedding_scale(self.config.width, weight.dtype)
         cos, sin = _rotation(batch.positions, self.config, weight.dtype)
-        return step(x, cos, sin, cache.attends_one(batch))
+        return step(x, cos, sin, cache.attends_few(batch))
 
     def _mixes(self, batch: TokenBatch) -> list[Mix]:
         config = self.config

@@ -1,0 +1,142 @@
+"""One completion while it is being written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cabochon.core import Completion, Key
+from cabochon.core.errors import DataError, NonFinite
+from cabochon.generation.settings import Settings
+
+__all__ = ["Token", "Writing", "begin"]
+
+Uniforms = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One token of a stream, as it comes."""
+
+    id: int
+    logprob: float
+    """Nats, under the distribution it was drawn from; greedy: as `model_logprob`."""
+    model_logprob: float
+    """Nats, under the model at temperature 1 with no cut."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Writing:
+    """A prompt, and what has been written after it so far."""
+
+    prompt: Tensor
+    settings: Settings
+    key: Key
+    """Its own: nothing else decides what is drawn."""
+    name: str
+    """For messages."""
+    limit: int
+    """The most tokens it gets: `max_new_tokens`, or as many as the context has room for."""
+    tokens: list[int] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    model_logprob: list[float] = field(default_factory=list)
+    stopped: bool = False
+    """A stop token or condition ended it."""
+    cancelled: bool = False
+    failure: NonFinite | None = None
+    """What kept it from being finished."""
+
+    def __post_init__(self) -> None:
+        self.uniforms: Uniforms = self.key.numpy().random(self.limit)
+        """One for each token there is room for: the n-th draws the n-th token."""
+        self._streams: dict[str, Uniforms] = {}
+
+    def stream(self, purpose: str) -> Uniforms:
+        """As many further numbers, of a stream of their own."""
+        if purpose not in self._streams:
+            self._streams[purpose] = self.key.fold(purpose).numpy().random(self.limit)
+        return self._streams[purpose]
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more will be written."""
+        return (
+            self.stopped
+            or self.cancelled
+            or self.failure is not None
+            or len(self.tokens) == self.limit
+        )
+
+    @property
+    def position(self) -> int:
+        """Where the newest token stands, the prompt's tokens counted."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def write(self, token: int, logprob: float, model_logprob: float) -> None:
+        """Append a token, and see whether it is the last."""
+        self.tokens.append(token)
+        self.logprob.append(logprob)
+        self.model_logprob.append(model_logprob)
+        settings = self.settings
+        self.stopped = token in settings.stop_ids or any(
+            ends(self.tokens) for ends in settings.ends
+        )
+
+    def newest(self, count: int) -> list[Token]:
+        """The last `count` tokens."""
+        places = range(len(self.tokens) - count, len(self.tokens))
+        return [
+            Token(id=self.tokens[p], logprob=self.logprob[p], model_logprob=self.model_logprob[p])
+            for p in places
+        ]
+
+    def completion(self) -> Completion:
+        """What was written, on the prompt's device; outside inference mode, one to train on."""
+        device = self.prompt.device
+        return Completion(
+            tokens=torch.tensor(self.tokens, dtype=torch.int64, device=device),
+            logprob=torch.tensor(self.logprob, dtype=torch.float32, device=device),
+            model_logprob=torch.tensor(self.model_logprob, dtype=torch.float32, device=device),
+            stopped=self.stopped,
+        )
+
+
+def begin(
+    prompt: Tensor, settings: Settings, key: Key, index: int, sample: int, context: int
+) -> Writing:
+    """A completion of which nothing is written yet.
+
+    Args:
+        prompt: T int64.
+        settings: how to write it.
+        key: of the whole call; the completion's own is folded from it, `index` and `sample`.
+        index: which prompt.
+        sample: which of its samples.
+        context: tokens that prompt and completion may have together.
+
+    Raises:
+        DataError: the prompt is empty, no tokens, or leaves no room.
+    """
+    if prompt.ndim != 1 or len(prompt) == 0:
+        raise DataError(
+            f"prompt {index} has shape {tuple(prompt.shape)}; a prompt is one row of at least one "
+            "token (begin with BOS where there is no text)"
+        )
+    if prompt.is_floating_point() or prompt.dtype is torch.bool:
+        raise DataError(f"prompt {index} is of {prompt.dtype}; a prompt is int64 token ids")
+    room = context - len(prompt)
+    if room < 1:
+        raise DataError(
+            f"prompt {index} has {len(prompt)} tokens, the model's context is {context}; "
+            "shorten it so that at least one new token fits"
+        )
+    return Writing(
+        prompt=prompt,
+        settings=settings,
+        key=key.fold(index, sample),
+        name=f"prompt {index}, sample {sample}",
+        limit=min(room, settings.max_new_tokens),
+    )
