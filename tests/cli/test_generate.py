@@ -54,6 +54,24 @@ def test_prompts_come_from_flags_files_and_pipes_alike(
     assert piped == call("generate", workshop.model, "--prompt", "def main", *how).out
 
 
+@pytest.mark.parametrize("after", [(), ("--json",)])
+def test_a_prompt_without_its_text_is_a_mistake(
+    workshop: Workshop, after: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not go on from standard input as if no prompt had been asked for."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("def main\n"))
+    done = call("generate", workshop.model, "--max-new-tokens", 2, "--prompt", *after)
+    assert done.code == 2
+    assert "--prompt needs at least one value after it" in done.err
+    assert done.out == ""
+
+
+def test_a_second_prompt_flag_does_not_replace_the_first(workshop: Workshop) -> None:
+    done = call("generate", workshop.model, "--prompt", "a", "--prompt", "b")
+    assert done.code == 2
+    assert "--prompt is given twice" in done.err
+
+
 def test_a_line_of_a_file_ends_at_a_line_feed_alone(workshop: Workshop, tmp_path: Path) -> None:
     """U+2028 may stand unescaped in JSON; a form feed stands in many sources."""
     odd = "a\u2028b\x0cc\x85d"

@@ -79,6 +79,30 @@ def test_a_known_error_is_one_message_and_a_traceback_only_on_request(
         main(["train"])
 
 
+@pytest.mark.parametrize(
+    ("words", "passed_on"),
+    [
+        ("--debug train sft", "train sft"),
+        ("train sft --debug", "train sft"),
+        ("train sft --debug --seed 1", "train sft --seed 1"),
+        ("generate M --prompt a --debug b", None),
+        ("generate --debug M", None),
+        ("generate M -- --debug", None),
+        ("-- --debug", None),
+        ("--prompt=--debug", None),
+        ("", None),
+    ],
+)
+def test_debug_is_taken_out_only_where_it_stands_for_itself(
+    words: str, passed_on: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: as it was, so that the verb says what it does not understand."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "_dispatch", seen.append)
+    main(words.split())
+    assert seen == [(words if passed_on is None else passed_on).split()]
+
+
 def test_an_error_of_our_own_making_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_words: list[str]) -> int:
         raise ValueError("a fault in the program")

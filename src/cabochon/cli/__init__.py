@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # does anything else besides, a step of a small model then takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = bool(os.environ.get("CABOCHON_DEBUG")) or "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    rest = _without_debug(words)
+    debug = bool(os.environ.get("CABOCHON_DEBUG")) or rest != words
     try:
-        return _dispatch(words)
+        return _dispatch(rest)
     except SystemExit as stop:  # tyro leaves this way, after --help too
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -65,6 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or code is None:
             raise
         return code
+
+
+def _without_debug(words: list[str]) -> list[str]:
+    """The words but for --debug in front, at the end or before a flag; elsewhere it is a mistake.
+
+    Taken out between the values of a flag, it would let the verb read on as if it were not there.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    followed = [*words[1:end], "--"]
+    kept = [
+        word
+        for at, (word, after) in enumerate(zip(words[:end], followed, strict=False))
+        if word != "--debug" or (at > 0 and not after.startswith("--"))
+    ]
+    return kept + words[end:]
 
 
 def _dispatch(words: list[str]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
@@ -74,7 +75,7 @@ def read(
         ConfigError: the file cannot be read as settings, or a flag's value is out of range.
         SystemExit: the flags are wrong (code 2) or `--help` was asked for (code 0).
     """
-    _refuse_repeats(argv)
+    _refuse_empty_lists(cls, argv)
     path = _config_path(argv)
     settings = None
     if path is not None:
@@ -91,7 +92,14 @@ def read(
 def parse(
     cls: type[S], argv: Sequence[str], *, prog: str, description: str, default: S | None = None
 ) -> S:
-    """The flags alone, as a `cls`."""
+    """The flags alone, as a `cls`.
+
+    Raises:
+        ConfigError: a flag is given twice or without its value, or its value is out of range.
+        SystemExit: the flags are wrong (code 2) or `--help` was asked for (code 0).
+    """
+    _refuse_repeats(argv)
+    _refuse_empty_lists(cls, argv)
     extra: dict[str, Any] = {} if default is None else {"default": default}
     try:
         result: S = tyro.cli(
@@ -285,8 +293,27 @@ def _refuse_repeats(argv: Sequence[str]) -> None:
     """A flag given twice would silently lose its first value."""
     seen: set[str] = set()
     for word in argv:
-        flag = word.split("=", 1)[0]
+        flag = word.split("=", 1)[0].replace("_", "-")
         if flag.startswith("--") and len(flag) > 2:
             if flag in seen:
                 raise ConfigError(f"{flag} is given twice; give it once, with all its values")
             seen.add(flag)
+
+
+def _refuse_empty_lists(cls: Any, argv: Sequence[str]) -> None:
+    """A list of no values would silently stand for the flag's absence."""
+    lists = _list_flags(cls)
+    for word, after in zip_longest(argv, argv[1:], fillvalue="--"):
+        if word.replace("_", "-") in lists and after.startswith("--"):
+            raise ConfigError(f"{word} needs at least one value after it")
+
+
+def _list_flags(cls: Any) -> set[str]:
+    hints = get_type_hints(get_origin(cls) or cls, include_extras=True)
+    flags: set[str] = set()
+    for name, hint in hints.items():
+        if get_origin(hint) is tuple:
+            flags.add(f"--{name.replace('_', '-')}")
+        elif (group := _group(hint)) is not None and _is_flat(hint):
+            flags |= _list_flags(group)
+    return flags
