@@ -163,6 +163,8 @@ IMPORTS = {
     "cabochon.training.fit": {"transformers", "tyro", "pydantic", "tokenizers", "yaml", "rich"},
     "cabochon.models.gemma.decoder": {"transformers", "tyro", "pydantic", "tokenizers", "rich"},
     "cabochon.generation.engine": {"transformers", "tyro", "pydantic", "tokenizers", "rich"},
+    "cabochon.generation.hugging_face": {"transformers", "tyro", "pydantic", "tokenizers"},
+    "cabochon.generation.vllm": {"httpx2", "tenacity", "anyio", "transformers", "pydantic", "vllm"},
 }
 
 

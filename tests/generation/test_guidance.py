@@ -99,6 +99,21 @@ def test_as_a_policy_it_scores_its_own_samples_alike() -> None:
             torch.testing.assert_close(found.model_logprob, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_with_a_draft_the_guided_law_is_written_all_the_same(strength: float) -> None:
+    """What a draft proposes is read by both streams, and taken back from both."""
+    model, draft = small_gemma(), small_gemma(replace(CONFIG, final_cap=3.0))
+    guided = Guided(model, strength, REVERSED)
+    settings = replace(SETTINGS, temperature=0.0)
+    prompts = random_prompts(3, 11, 7)
+    found = generate(guided, prompts, settings, Key(1), 1, draft=draft, ahead=3)
+    assert flat(found) == flat(generate(guided, prompts, settings, Key(1)))
+    drawn = generate(guided, prompts, SETTINGS, Key(1), 2, draft=draft, ahead=3)
+    for group, scores in zip(drawn, score(guided, drawn), strict=True):
+        for completion, expected in zip(group.completions, scores, strict=True):
+            torch.testing.assert_close(completion.model_logprob, expected, atol=1e-4, rtol=0)
+
+
 @torch.no_grad()
 def test_packed_documents_and_padding_are_guided_each_by_its_own_prompt() -> None:
     model = small_gemma()

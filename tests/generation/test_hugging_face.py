@@ -11,9 +11,9 @@ import torch
 from small_gemma import random_prompts, small_gemma
 
 from cabochon.core import Group, Key
-from cabochon.core.errors import ConfigError, DataError, NonFinite
+from cabochon.core.errors import ConfigError, DataError
 from cabochon.generation import engine, hugging_face
-from cabochon.generation.engine import Settings
+from cabochon.generation.engine import Settings, Unfinished
 from cabochon.generation.score import score
 from cabochon.models.foreign import ForeignModel, read_foreign
 from cabochon.models.gemma.convert import write_gemma
@@ -55,8 +55,9 @@ def same(first: list[Group], second: list[Group]) -> None:
         SETTINGS,
         replace(SETTINGS, temperature=0.0),
         replace(SETTINGS, temperature=1.6, top_k=9, top_p=0.8),
+        replace(SETTINGS, ends=(lambda tokens: sum(tokens) > 150,)),
     ],
-    ids=["plain", "greedy", "cut"],
+    ids=["plain", "greedy", "cut", "ends"],
 )
 def test_it_draws_what_our_engine_draws(foreign: ForeignModel, settings: Settings) -> None:
     """Ragged prompts, ragged stops, on both sides of the window (6)."""
@@ -110,6 +111,9 @@ def test_what_cannot_be_done_is_refused(foreign: ForeignModel) -> None:
         hugging_face.generate(foreign, random_prompts(2), SETTINGS, Key(0), indices=[1, 2])
     with torch.no_grad():
         foreign.inner.get_input_embeddings().weight[5] = torch.nan
+    foreign.inner.lm_head.weight = torch.nn.Parameter(foreign.inner.lm_head.weight.nan_to_num())
     prompts = [torch.tensor([2, 3]), torch.tensor([2, 5])]
-    with pytest.raises(NonFinite, match="prompt 1, sample 0, token 0"):
+    with pytest.raises(Unfinished, match="prompt 1, sample 0, token 0") as caught:
         hugging_face.generate(foreign, prompts, SETTINGS, Key(0))
+    assert len(caught.value.groups[0].completions[0].tokens) > 0
+    assert len(caught.value.groups[1].completions[0].tokens) == 0

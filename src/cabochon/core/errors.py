@@ -9,6 +9,7 @@
     |- CheckpointError (OSError)       a checkpoint is damaged or could not be written
     |- RunChanged (RuntimeError)       resuming with another config, data or weight file
     |- NonFinite (ArithmeticError)     a loss or a gradient is NaN or infinite
+    |- ServerError (OSError)           a server cannot be reached, refuses, or answers nonsense
     |- MissingExtra (ImportError)      an optional part is not installed
 
 Each message says what came, what was expected and what to do. The second parent lets callers who
@@ -26,6 +27,7 @@ __all__ = [
     "MissingExtra",
     "NonFinite",
     "RunChanged",
+    "ServerError",
     "TokenizerMismatch",
     "WeightsMismatch",
 ]
@@ -65,6 +67,20 @@ class RunChanged(CabochonError, RuntimeError):
 
 class NonFinite(CabochonError, ArithmeticError):
     """A loss or a gradient is NaN or infinite."""
+
+
+class ServerError(CabochonError, OSError):
+    """A server cannot be reached, refuses, or answers what cannot be used.
+
+    Attributes:
+        status: the HTTP status; None where no answer came.
+        finished: what had been completed before, by its index; nothing of that is lost.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.finished: dict[int, object] = {}
 
 
 class MissingExtra(CabochonError, ImportError):

@@ -305,6 +305,7 @@ class Guided(nn.Module):
             conditional=conditional,
             unconditional=unconditional,
             going=going,
+            padding=~held,
             prompts=list(cache.pending),
             last=held.shape[1] - 1 - held.flip(1).long().argmax(1),
             guided=self,
@@ -343,6 +344,8 @@ class _Continued:
     unconditional: Prediction | None
     going: Tensor
     """B T bool: the other stream has read this token too."""
+    padding: Tensor
+    """B T bool: no token; what is predicted there means nothing."""
     prompts: list[Tensor | None]
     """As the cache had them when these tokens were read."""
     last: Tensor
@@ -356,20 +359,20 @@ class _Continued:
         """n V float32: the combination at the chosen rows of the flattened (B T) positions."""
         flat = torch.arange(self.going.numel(), device=self.going.device)[rows]
         conditional = self.conditional.logits(rows)
-        known = self.going.flatten()[flat]
-        if bool(known.all()) and self.unconditional is not None:
-            return guided_logits(conditional, self.unconditional.logits(flat), self.guided.strength)
-        at = self._ends(flat[~known])
-        if not at:
-            return conditional  # no row was asked for
+        ends = ~(self.going | self.padding).flatten()[flat]
+        at = self._ends(flat[ends])
+        if self.unconditional is None and not at:
+            return conditional  # nothing, or padding alone
         new = list(dict.fromkeys(row for row in at if row not in self.begun))
         if new:
             following = self.guided.begin(new, self.cache, flat.device)
             self.begun.update(zip(new, following, strict=True))
-        unconditional = torch.empty_like(conditional)
-        unconditional[~known] = torch.stack([self.begun[row] for row in at])
-        if self.unconditional is not None and bool(known.any()):
-            unconditional[known] = self.unconditional.logits(flat[known])
+        if self.unconditional is None:
+            unconditional = conditional.clone()
+        else:
+            unconditional = self.unconditional.logits(flat)
+        if at:
+            unconditional[ends] = torch.stack([self.begun[row] for row in at])
         return guided_logits(conditional, unconditional, self.guided.strength)
 
     def _ends(self, flat: Tensor) -> list[int]:

@@ -21,16 +21,16 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cabochon.core import Completion, Group, Key, Sampler
+from cabochon.core import Group, Key, Sampler
 from cabochon.core.errors import ConfigError, MissingExtra, NonFinite
-from cabochon.generation.engine import Settings
-from cabochon.generation.limits import new_tokens, refuse_unknown
+from cabochon.generation.engine import Unfinished
 from cabochon.generation.modes import evaluating
-from cabochon.generation.sample import Draws, broken_rows, draw
+from cabochon.generation.sample import broken_rows, draw
+from cabochon.generation.settings import Settings
+from cabochon.generation.writing import Writing, begin
 from cabochon.models.foreign import ForeignModel
 
 __all__ = ["generate", "sampler"]
@@ -61,118 +61,93 @@ def generate(
     model's own products.
 
     Raises:
-        ConfigError: `samples` or `rows` below 1, or a setting that only the engine knows.
+        ConfigError: `samples` or `rows` below 1.
         DataError: an empty prompt, or one that leaves no room in the model's context.
         MissingExtra: transformers is not installed.
-        NonFinite: logits from which nothing can be drawn; names prompt, sample and token.
+        Unfinished: (a `NonFinite`) as the engine.
     """
-    refuse_unknown(settings, "transformers' generate")
     if samples < 1 or rows < 1:
         raise ConfigError(f"samples and rows must be at least 1, got {samples} and {rows}")
     if indices is None:
         indices = range(len(prompts))
     if len(indices) != len(prompts):
         raise ConfigError(f"got {len(indices)} indices for {len(prompts)} prompts")
-    room = [
-        new_tokens(model.context, prompt, index, settings)
+    writings = [
+        [begin(prompt, settings, key, index, sample, model.context) for sample in range(samples)]
         for prompt, index in zip(prompts, indices, strict=True)
     ]
-    waiting = [(place, sample) for place in range(len(prompts)) for sample in range(samples)]
-    waiting.sort(key=lambda each: len(prompts[each[0]]))
-    written: dict[tuple[int, int], Completion] = {}
-    for _, alike in groupby(waiting, key=lambda each: len(prompts[each[0]])):
+    waiting = sorted((w for group in writings for w in group), key=_length)
+    for _, alike in groupby(waiting, key=_length):
         equals = list(alike)
         for start in range(0, len(equals), rows):
-            chunk = equals[start : start + rows]
-            draws = _Draws(
-                names=[f"prompt {indices[p]}, sample {s}" for p, s in chunk],
-                uniforms=np.stack(
-                    [key.fold(indices[p], s).numpy().random(room[p]) for p, s in chunk], axis=1
-                ),
-                settings=settings,
-            )
-            _run(model, torch.stack([prompts[p] for p, _ in chunk]), draws)
-            for row, (place, sample) in enumerate(chunk):
-                written[place, sample] = draws.completion(row, prompts[place].device)
-    return [
-        Group(prompt=prompt, completions=tuple(written[place, s] for s in range(samples)))
-        for place, prompt in enumerate(prompts)
+            _write(model, equals[start : start + rows])
+    groups = [
+        Group(prompt=prompt, completions=tuple(w.completion() for w in group))
+        for prompt, group in zip(prompts, writings, strict=True)
     ]
+    failures = [str(w.failure) for group in writings for w in group if w.failure]
+    if failures:
+        error = Unfinished("; ".join(failures))
+        error.groups = groups
+        raise error
+    return groups
+
+
+def _length(writing: Writing) -> int:
+    return len(writing.prompt)
 
 
 class _Draws:
-    """A logits processor and stopping criterion in one: draws every token, and keeps the draws."""
+    """A logits processor and a stopping criterion in one: it draws every token, and keeps it."""
 
-    def __init__(
-        self, names: Sequence[str], uniforms: np.ndarray[Any, Any], settings: Settings
-    ) -> None:
-        self.names = names
-        self.uniforms = torch.from_numpy(uniforms)
-        """Steps rows."""
-        self.settings = settings
-        self.steps: list[Draws] = []
-        self.finished = torch.zeros(len(names), dtype=torch.bool)
+    def __init__(self, writings: Sequence[Writing]) -> None:
+        self.writings = writings
 
     def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits of one step (n V), or what is left of them: the drawn token alone."""
-        if bool(self.finished.all()):
-            return scores  # transformers may look one step ahead; its token is thrown away
-        try:
-            drawn = draw(
-                scores,
-                self.uniforms[len(self.steps)].to(scores.device),
-                temperature=self.settings.temperature,
-                top_k=self.settings.top_k,
-                top_p=self.settings.top_p,
+        """The logits of one step (n V), or what is left of them: the drawn tokens alone."""
+        rows = [row for row, writing in enumerate(self.writings) if not writing.finished]
+        for place in broken_rows(scores[rows]):
+            writing = self.writings[rows[place]]
+            writing.failure = NonFinite(
+                f"the model's logits are NaN, +inf or all -inf for {writing.name}, token "
+                f"{len(writing.tokens)}; look for NaN in its weights, or decode in float32"
             )
-        except NonFinite as error:
-            broken = [f"{self.names[row]}, token {len(self.steps)}" for row in broken_rows(scores)]
-            raise NonFinite(
-                f"the model's logits are NaN, +inf or all -inf for {'; '.join(broken)}; "
-                "look for NaN in its weights, or decode in float32"
-            ) from error
-        self.steps.append(
-            Draws(
-                tokens=drawn.tokens.cpu(),
-                logprob=drawn.logprob.cpu(),
-                model_logprob=drawn.model_logprob.cpu(),
-            )
-        )
-        stops = torch.tensor(self.settings.stop_ids, dtype=torch.int64)
-        self.finished |= torch.isin(self.steps[-1].tokens, stops)
-        self.finished |= len(self.steps) == len(self.uniforms)
+        rows = [row for row in rows if self.writings[row].failure is None]
         only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, drawn.tokens.unsqueeze(1), 0.0)
+        only[:, 0] = 0.0  # whatever transformers takes for a row that is finished
+        if rows:
+            some = [self.writings[row] for row in rows]
+            drawn = draw(
+                scores[rows],
+                torch.tensor([w.uniforms[len(w.tokens)] for w in some], device=scores.device),
+                temperature=some[0].settings.temperature,
+                top_k=some[0].settings.top_k,
+                top_p=some[0].settings.top_p,
+            )
+            only[rows] = torch.full_like(scores[rows], -torch.inf).scatter_(
+                1, drawn.tokens.unsqueeze(1), 0.0
+            )
+            columns = (drawn.tokens.tolist(), drawn.logprob.tolist(), drawn.model_logprob.tolist())
+            for writing, *values in zip(some, *columns, strict=True):
+                writing.write(*values)
+        return only
 
     def stop(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         """n bool: the row needs no further token."""
-        return self.finished.to(input_ids.device)
-
-    def completion(self, row: int, device: torch.device) -> Completion:
-        tokens = torch.stack([step.tokens[row] for step in self.steps])
-        stops = torch.tensor(self.settings.stop_ids, dtype=torch.int64)
-        ends = torch.isin(tokens, stops).nonzero().flatten().tolist()
-        length = ends[0] + 1 if ends else len(tokens)
-        logprob = torch.stack([step.logprob[row] for step in self.steps])
-        model_logprob = torch.stack([step.model_logprob[row] for step in self.steps])
-        return Completion(
-            tokens=tokens[:length].to(device),
-            logprob=logprob[:length].to(device),
-            model_logprob=model_logprob[:length].to(device),
-            stopped=bool(ends),
-        )
+        return torch.tensor([w.finished for w in self.writings], device=input_ids.device)
 
 
-def _run(model: ForeignModel, prompts: Tensor, draws: _Draws) -> None:
+def _write(model: ForeignModel, writings: Sequence[Writing]) -> None:
+    """Writings of prompts of one length to their ends."""
     transformers = _transformers()
-    inner = model.inner
-    prompts = prompts.to(inner.device)
+    inner, draws = model.inner, _Draws(writings)
+    prompts = torch.stack([writing.prompt for writing in writings]).to(inner.device)
     with torch.no_grad(), evaluating(model), _own_defaults(inner, transformers.GenerationConfig()):
         inner.generate(
             inputs=prompts,
             attention_mask=torch.ones_like(prompts),
             generation_config=transformers.GenerationConfig(
-                do_sample=False, num_beams=1, max_new_tokens=len(draws.uniforms)
+                do_sample=False, num_beams=1, max_new_tokens=writings[0].limit
             ),
             logits_processor=transformers.LogitsProcessorList([draws]),
             stopping_criteria=transformers.StoppingCriteriaList([draws.stop]),
