@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from cabochon.cli.configuration import parse
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cabochon.cli.backends import Writer
     from cabochon.core import Backbone, Completion, Key
     from cabochon.data.tokenizer import Tokenizer
     from cabochon.generation.engine import Settings
@@ -48,6 +50,11 @@ class GenerateSettings:
     """Completions of each prompt."""
     seed: int = 0
     """The same seed, prompt and settings write the same text."""
+    backend: Literal["engine", "transformers", "vllm"] = "engine"
+    """What writes: cabochon's engine, transformers' generate, or a vLLM server at --url, for which
+    MODEL (a tokenizer folder will do) gives the tokenizer."""
+    url: str = ""
+    """Of the server: http://HOST:PORT."""
     precision: Literal["stored", "float32", "bf16"] = "stored"
     """What to compute in."""
     device: str = "auto"
@@ -64,12 +71,22 @@ def main(argv: Sequence[str]) -> int:
         GenerateSettings, argv, prog="cabochon generate", description="Go on from prompts."
     )
     prompts = _prompts(settings)
+    _check_backend(settings)
+    from cabochon.cli.backends import served, transformers_own
     from cabochon.cli.machine import load_backbone, use_threads
     from cabochon.core import Key
-    from cabochon.generation.engine import Settings
+    from cabochon.generation.engine import Settings, generate
 
     use_threads(settings.threads)
-    model, tokenizer = load_backbone(settings.model, settings.precision, settings.device)
+    model = None
+    if settings.backend == "vllm":
+        write, tokenizer = served(settings.model, settings.url)
+    elif settings.backend == "transformers":
+        loaded = (settings.model, settings.precision, settings.device)
+        write, tokenizer = transformers_own(*loaded)
+    else:
+        model, tokenizer = load_backbone(settings.model, settings.precision, settings.device)
+        write = partial(generate, model)
     how = Settings(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -79,10 +96,10 @@ def main(argv: Sequence[str]) -> int:
     )
     encoded = [_encode(tokenizer, prompt, chat=settings.chat) for prompt in prompts]
     key = Key(settings.seed, ("generate",))
-    if settings.samples == 1 and len(encoded) == 1 and not settings.json:
+    if settings.samples == 1 and len(encoded) == 1 and not settings.json and model is not None:
         _stream(model, tokenizer, encoded[0], how, key, settings.stop)
         return 0
-    _batch(model, tokenizer, encoded, how, key, settings)
+    _batch(write, tokenizer, encoded, how, key, settings)
     return 0
 
 
@@ -112,6 +129,21 @@ def cut_at_stop(
         if places:
             return count, text[: min(places)]
     raise AssertionError
+
+
+def _check_backend(settings: GenerateSettings) -> None:
+    """A server computes in its own way, and no flag for this machine may seem to change that."""
+    from cabochon.core.errors import ConfigError
+
+    at_server = settings.backend == "vllm"
+    if at_server != bool(settings.url):
+        raise ConfigError(
+            "--backend vllm needs the server's --url http://HOST:PORT"
+            if at_server
+            else f"--url is for --backend vllm; the backend is {settings.backend}"
+        )
+    if at_server and (settings.precision, settings.device) != ("stored", "auto"):
+        raise ConfigError("--precision and --device are the server's own; leave them out")
 
 
 def _prompts(settings: GenerateSettings) -> list[str]:
@@ -194,7 +226,7 @@ def _stream(
 
 
 def _batch(
-    model: Backbone,
+    write: Writer,
     tokenizer: Tokenizer,
     prompts: Sequence[Tensor],
     how: Settings,
@@ -202,16 +234,17 @@ def _batch(
     settings: GenerateSettings,
 ) -> None:
     from cabochon.cli.output import answer
-    from cabochon.generation.engine import generate
 
-    groups = generate(model, prompts, how, key, settings.samples)
+    groups = write(prompts, how, key, settings.samples)
+    several = len(prompts) * settings.samples > 1
     for index, group in enumerate(groups):
         for sample, completion in enumerate(group.completions):
             result = _result(tokenizer, completion, settings.stop)
             if settings.json:
                 answer({**result, "prompt": index, "sample": sample})
             else:
-                print(f"--- prompt {index}, sample {sample}", file=sys.stderr)
+                if several:
+                    print(f"--- prompt {index}, sample {sample}", file=sys.stderr)
                 print(result["text"], flush=True)
 
 

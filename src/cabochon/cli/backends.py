@@ -1,0 +1,61 @@
+"""What writes for `cabochon generate`: our engine, transformers, or a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cabochon.core import Group, Key
+    from cabochon.data.tokenizer import Tokenizer
+    from cabochon.generation.settings import Settings
+
+__all__ = ["Writer", "served", "transformers_own"]
+
+Writer = Callable[
+    ["Sequence[Tensor]", "Settings", "Key", int],
+    "list[Group]",
+]
+"""Prompts, settings, key and number of samples to a group of completions for each prompt."""
+
+
+def transformers_own(path: str, precision: str, device: str) -> tuple[Writer, Tokenizer]:
+    """The model of a folder or run, whatever its family, with transformers writing.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        FolderError: there is no such model, or transformers cannot read it.
+    """
+    from functools import partial
+
+    from cabochon.cli.machine import DTYPES, device_of, model_folder, tokenizer_of
+    from cabochon.generation.hugging_face import generate
+    from cabochon.models.foreign import read_foreign
+
+    model = read_foreign(model_folder(path), DTYPES.get(precision), device_of(device))
+    return partial(generate, model), tokenizer_of(path)
+
+
+def served(path: str, url: str) -> tuple[Writer, Tokenizer]:
+    """The model that a vLLM server at `url` serves, with the tokenizer of a folder or run.
+
+    A key that the server wants is taken from the environment: VLLM_API_KEY.
+
+    Raises:
+        FolderError: there is no tokenizer.
+        MissingExtra: httpx2 or tenacity is not installed.
+        ServerError: the server cannot be reached, or does not answer as vLLM does.
+    """
+    from functools import partial
+
+    from cabochon.cli.machine import tokenizer_of
+    from cabochon.generation.remote import generate
+    from cabochon.generation.transport import Transport
+    from cabochon.generation.vllm import connect
+
+    tokenizer = tokenizer_of(path)
+    endpoint = connect(Transport(url=url, api_key=os.environ.get("VLLM_API_KEY", "")))
+    return partial(generate, endpoint), tokenizer
