@@ -1,12 +1,18 @@
-"""New tokens per second: ours against transformers' generate.
+"""New tokens per second: the engine against transformers' generate.
 
-A Gemma 2 of 4 layers, width 256, vocabulary 8,192; 8 prompts of 64 tokens, 128 new tokens each,
-drawn at temperature 1 without cuts or stops, on the CPU; one model folder, written by us and read
-by both. The peer's cache is the faster of its growing and its static one, measured in every round;
-its attention is the eager one, the only one with Gemma 2's soft-cap. The time is that of the whole
-call, reading the prompts included.
+A Gemma 2 of 4 layers, width 256, vocabulary 8,192, random weights; one model folder, written by us
+and read by both; drawn at temperature 1 without cuts, on the CPU. The peer's attention is the eager
+one, the only one with Gemma 2's soft-cap; its cache is the faster of its growing and its static
+one, measured in every round. The time is that of the whole call, reading the prompts included.
 
-Run: python benchmarks/generate.py            (about 3 minutes on two cores)
+equal    batch 8 (and 1): prompts of 64 tokens, 128 new tokens each, no stops.
+ragged   a queue of 3 x batch prompts of 16 to 112 tokens, whose completions end after a geometric
+         number of tokens (mean 48, at most 192), the same on both sides: the peer is told by a
+         stopping criterion of its own, and takes the queue a batch at a time, padded on the left;
+         ours has as many slots as the peer's batch has rows.
+
+Run: python benchmarks/generate.py [rounds] [setting ...]      (all: about 15 minutes on two cores)
+     a setting is dtype/kind/batch: float32/ragged/32
 """
 
 from __future__ import annotations
@@ -26,7 +32,8 @@ from cabochon.models.gemma.convert import read_gemma, write_gemma
 from cabochon.models.gemma.decoder import Gemma
 from side_by_side import compare, report, seconds_each, worker_arguments
 
-ROWS, PROMPT, NEW = 8, 64, 128
+PROMPT, NEW = 64, 128
+RAGGED_PROMPTS, MEAN_STOP, LAST_STOP = (16, 112), 48, 192
 FOLDER = "CABOCHON_BENCHMARK_FOLDER"
 CONFIG = GemmaConfig(
     vocab_size=8192,
@@ -41,37 +48,72 @@ CONFIG = GemmaConfig(
     attention_cap=50.0,
     final_cap=30.0,
     post_norms=True,
-    context=PROMPT + NEW,
+    context=RAGGED_PROMPTS[1] + LAST_STOP,
+)
+SETTINGS = (
+    "float32/equal/1",
+    "float32/equal/8",
+    "float32/ragged/8",
+    "float32/ragged/32",
+    "float32/ragged/128",
+    "bfloat16/equal/1",
+    "bfloat16/equal/8",
+    "bfloat16/ragged/32",
 )
 
 
-def prompts() -> torch.Tensor:
-    """8 x 64 random ids, the same on both sides."""
-    return torch.randint(3, CONFIG.vocab_size, (ROWS, PROMPT), generator=Key(1).generator())
+def work_list(kind: str, batch: int) -> tuple[list[torch.Tensor], list[int]]:
+    """Prompts, and how many tokens each is answered with; the same on both sides."""
+    generator = Key(1).fold(kind, batch).generator()
+    if kind == "equal":
+        rows = torch.randint(3, CONFIG.vocab_size, (batch, PROMPT), generator=generator)
+        return list(rows), [NEW] * batch
+    count = 3 * batch
+    low, high = RAGGED_PROMPTS
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    prompts = [torch.randint(3, CONFIG.vocab_size, (n,), generator=generator) for n in lengths]
+    stops = torch.empty(count).geometric_(1.0 / MEAN_STOP, generator=generator)
+    return prompts, stops.clamp_(max=LAST_STOP).long().tolist()
 
 
-def ours(folder: Path, dtype: torch.dtype) -> list[Callable[[], int]]:
+def ours(folder: Path, dtype: torch.dtype, kind: str, batch: int) -> list[Callable[[], int]]:
     """One call of ours, as how many tokens it wrote."""
-    model, rows = read_gemma(folder, dtype), list(prompts())
-    settings = Settings(max_new_tokens=NEW)
+    model = read_gemma(folder, dtype)
+    prompts, stops = work_list(kind, batch)
+    settings = [Settings(max_new_tokens=stop) for stop in stops]
 
     def write() -> int:
-        groups = generate(model, rows, settings, Key(2))
+        groups = generate(model, prompts, settings, Key(2), rows=batch)
         return sum(len(group.completions[0].tokens) for group in groups)
 
     return [write]
 
 
-def peer(folder: Path, dtype: torch.dtype) -> list[Callable[[], int]]:
+def peer(folder: Path, dtype: torch.dtype, kind: str, batch: int) -> list[Callable[[], int]]:
     """The same through transformers, once for each kind of cache."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    rows = prompts()
+    prompts, stops = work_list(kind, batch)
 
     def writer(cache: str) -> Callable[[], int]:
+        def write() -> int:
+            return sum(
+                answer(prompts[at : at + batch], stops[at : at + batch], cache)
+                for at in range(0, len(prompts), batch)
+            )
+
+        return write
+
+    def answer(rows: list[torch.Tensor], ends: list[int], cache: str) -> int:
+        longest = max(len(row) for row in rows)
+        tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for place, row in enumerate(rows):
+            tokens[place, longest - len(row) :] = row
+            mask[place, longest - len(row) :] = 1
         config = GenerationConfig(
-            max_new_tokens=NEW,
+            max_new_tokens=max(ends),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -80,45 +122,57 @@ def peer(folder: Path, dtype: torch.dtype) -> list[Callable[[], int]]:
             pad_token_id=0,
             cache_implementation=cache,
         )
+        limits = torch.tensor(ends)
 
-        def write() -> int:
-            written = model.generate(
-                rows, attention_mask=torch.ones_like(rows), generation_config=config
-            )
-            return (written.shape[1] - PROMPT) * ROWS
+        def done(written: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+            return written.shape[1] - longest >= limits
 
-        return write
+        written = model.generate(
+            tokens, attention_mask=mask, generation_config=config, stopping_criteria=[done]
+        )
+        assert written.shape[1] - longest == max(ends)
+        return sum(ends)
 
     return [writer("dynamic"), writer("static")]
 
 
-def work(side: str, dtype: str) -> None:
-    """What a fresh process does: the best of five calls, of the better kind of call."""
+def work(side: str, setting: str) -> None:
+    """What a fresh process does: the best of some calls, of the better kind of call."""
+    dtype, kind, batch = setting.split("/")
     folder = Path(os.environ[FOLDER])
+    expected = sum(work_list(kind, int(batch))[1])
+    writers = {"ours": ours, "peer": peer}[side](folder, getattr(torch, dtype), kind, int(batch))
     seconds = []
-    for write in {"ours": ours, "peer": peer}[side](folder, getattr(torch, dtype)):
-        assert write() == ROWS * NEW
-        seconds.append(min(seconds_each(write, warm_up=0, times=5)))
-    report(seconds=min(seconds), tokens_per_second=ROWS * NEW / min(seconds))
+    for write in writers:
+        assert write() == expected
+        seconds.append(min(seconds_each(write, warm_up=0, times=3 if kind == "equal" else 2)))
+    report(seconds=min(seconds), tokens_per_second=expected / min(seconds))
 
 
 def main() -> None:
-    """Both types, in turn; the figure of float32 is the one reported as ratio."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    """Every setting, both sides in turn."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ[FOLDER] = folder
         write_gemma(Gemma.init(CONFIG, Key(0)), Path(folder))
-        results = {}
-        for dtype in ("float32", "bfloat16"):
-            result = results[dtype] = compare(__file__, dtype, rounds=rounds)
-            for side in ("peer", "ours"):
-                speed = result[side]["tokens_per_second"]
-                print(f"{dtype:9} {side}: {speed:6.0f} new tokens/s")
-            print(f"{dtype:9} ratio {result['ratio']} {result['ratios']}")
+        for setting in sys.argv[2:] or SETTINGS:
+            result = results[setting] = compare(__file__, setting, rounds=rounds)
+            speeds = [result[side]["tokens_per_second"] for side in ("peer", "ours")]
+            print(
+                f"{setting:20} peer {speeds[0]:6.0f}  ours {speeds[1]:6.0f} new tokens/s  "
+                f"ratio {result['ratio']} {result['ratios']}",
+                flush=True,
+            )
+    named = {
+        "ratio": "float32/ragged/32",
+        "ratio_equal": "float32/equal/8",
+        "ratio_one": "float32/equal/1",
+    }
     report(
         benchmark="generate",
-        ratio=results["float32"]["ratio"],
-        what="8 prompts of 64 tokens, 128 new ones each, 4 layers, width 256, vocabulary 8192, CPU",
+        **{name: results[at]["ratio"] for name, at in named.items() if at in results},
+        what="4 layers, width 256, vocabulary 8192, CPU; see the settings",
         peer="transformers generate, eager, the faster of its dynamic and static cache",
         threads=torch.get_num_threads(),
         **results,

@@ -321,7 +321,7 @@ def test_a_long_row_is_searched_as_a_short_one_is(size):
     slack = 1e-5 * cumulative[:, -1]
     assert (cumulative[rows, tokens] + slack >= threshold).all()
     assert (cumulative[rows, tokens] - weights[rows, tokens] - slack <= threshold).all()
-    # Read backwards, an arithmetic oracle: most rows give exactly the token of the plain search.
+    # Nearly always it is the very token that a plain search finds.
     plain = torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)
     assert (tokens[3:] == plain[3:]).float().mean() > 0.95
 

@@ -251,7 +251,8 @@ def _blocks(values: Tensor, filler: float) -> Tensor | None:
         return None
     if size % BLOCK:
         values = pad(values, (0, -size % BLOCK), value=filler)
-    return values.unflatten(-1, (-1, BLOCK))
+    blocks: Tensor = values.unflatten(-1, (-1, BLOCK))
+    return blocks
 
 
 def _chosen(blocks: Tensor, block: Tensor) -> Tensor:

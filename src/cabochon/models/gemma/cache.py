@@ -200,8 +200,8 @@ class GemmaCache:
             )
         if other._config != self._config or other._capacity > self._capacity:
             raise DataError(
-                f"a cache of capacity {other._capacity} cannot go into one of {self._capacity}, nor "
-                "one of another configuration into this one"
+                f"a cache of capacity {other._capacity} cannot go into one of {self._capacity}, "
+                "nor one of another configuration into this one"
             )
         self._lengths += [0] * (max(places) + 1 - len(self._lengths))
         longest = max(other._lengths[row] for row in taken)

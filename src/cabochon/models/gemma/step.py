@@ -35,7 +35,7 @@ Layout = Callable[[Tensor, int], Product]
 PACKED_BYTES = 4 * 1024**3
 """Models larger than this are not copied into another layout."""
 GATED_ROWS = 4
-"""From so many rows on, gate and up are two products with the gating inside, not one and then it."""
+"""From so many rows on, gate and up are two products with the gating done inside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class Step:
     def _norm(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if scale is None:
             return x
-        length = vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        length: Tensor = vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return (x / length.hypot(self._least)).mul_(scale).to(x.dtype)
 
 
