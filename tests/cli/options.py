@@ -34,6 +34,11 @@ COMMANDS = (
     "generate",
     "chat",
     "evaluate perplexity",
+    "merge average",
+    "merge slerp",
+    "merge ema",
+    "merge towards",
+    "merge cosine",
     "export",
     "report",
 )

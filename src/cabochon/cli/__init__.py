@@ -23,6 +23,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("cabochon.cli.generate", "go on from prompts with a model folder"),
     "chat": ("cabochon.cli.chat", "talk with a tuned model"),
     "evaluate": ("cabochon.cli.evaluate", "perplexity of a model on documents"),
+    "merge": (
+        "cabochon.cli.merge",
+        "average, slerp, ema, towards, cosine: weights of several models",
+    ),
     "export": ("cabochon.cli.export", "a run or model as a Hugging Face folder or a GGUF file"),
     "report": ("cabochon.cli.report", "one HTML page about a run"),
 }
