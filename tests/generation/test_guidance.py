@@ -15,6 +15,7 @@ from cabochon.core.errors import ConfigError, DataError
 from cabochon.generation.engine import Settings, generate
 from cabochon.generation.guidance import Guided, Unprompted, always, guided_logits
 from cabochon.generation.score import score
+from cabochon.models.foreign import ForeignModel
 
 BOS = torch.tensor([2])
 SETTINGS = Settings(max_new_tokens=20, stop_ids=(7, 9, 11))
@@ -112,6 +113,23 @@ def test_with_a_draft_the_guided_law_is_written_all_the_same(strength: float) ->
     for group, scores in zip(drawn, score(guided, drawn), strict=True):
         for completion, expected in zip(group.completions, scores, strict=True):
             torch.testing.assert_close(completion.model_logprob, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_models_of_other_makers_are_guided_alike() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=CONFIG.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = ForeignModel(transformers.LlamaForCausalLM(config).eval())
+    guided = Guided(model, 3.0, REVERSED)
+    groups = generate(guided, random_prompts(3, 11, 7), SETTINGS, Key(1), 2)
+    for group in groups:
+        negative = REVERSED(group.prompt)
+        for found in group.completions:
+            expected = dense(model, model, 3.0, group.prompt, negative, found.tokens)
+            torch.testing.assert_close(found.logprob, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

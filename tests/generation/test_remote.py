@@ -435,6 +435,12 @@ def test_a_prompt_sent_as_text_must_be_read_as_the_same_number_of_tokens(
             draw(texting)
 
 
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_an_address_may_end_as_those_of_other_clients_do(end: str) -> None:
+    address = Transport(url=f"http://host:8000{end}").at("/v1/completions")
+    assert address == "http://host:8000/v1/completions"
+
+
 def test_the_key_travels_and_is_never_shown(world: World) -> None:
     seen: list[str] = []
 

@@ -68,8 +68,8 @@ class Best:
     def logprob_bound(self) -> float:
         """Nats: at most this is the log-probability of the kept one under best-of-N.
 
-        log pi_N(y) <= log pi(y) + log N, with pi what the completions were drawn from; equality
-        where y has the highest reward and a vanishing probability.
+        log pi_N(y) <= log pi(y) + log N, with pi what the completions were drawn from (so it says
+        nothing of greedy ones); equality where y has the highest reward and is improbable.
         """
         return float(self.completion.logprob.double().sum()) + math.log(len(self.rewards))
 

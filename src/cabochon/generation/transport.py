@@ -35,7 +35,7 @@ class Transport:
     """Where a server is, and how patient to be with it."""
 
     url: str
-    """Its root, without a path of an endpoint: http://127.0.0.1:8000."""
+    """Its root: http://127.0.0.1:8000, with or without the /v1 that completions lie under."""
     api_key: str = field(default="", repr=False)
     """Sent as a bearer token; empty: none."""
     timeout_s: float = 600.0
@@ -60,7 +60,7 @@ class Transport:
 
     def at(self, path: str) -> str:
         """The address of an endpoint."""
-        return f"{self.url.rstrip('/')}/{path.lstrip('/')}"
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/{path.lstrip('/')}"
 
 
 @dataclass(frozen=True, kw_only=True)
