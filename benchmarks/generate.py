@@ -124,7 +124,7 @@ def peer(folder: Path, dtype: torch.dtype, kind: str, batch: int) -> list[Callab
         )
         limits = torch.tensor(ends)
 
-        def done(written: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        def done(written: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
             return written.shape[1] - longest >= limits
 
         written = model.generate(

@@ -13,6 +13,7 @@ from torch import Tensor
 from cabochon.core import Key, TokenBatch
 from cabochon.core.errors import DataError
 from cabochon.models.gemma import Gemma, GemmaConfig, preset
+from cabochon.models.gemma.step import int8
 
 CLOSE = 1e-4
 """Float32 logits of standard deviation about 1, through other shapes of the same products."""
@@ -278,3 +279,131 @@ def test_a_model_that_has_decoded_in_inference_mode_still_learns() -> None:
         feed(model, cache, [tokens[4:5]], [4])
     logits(model, tokens).square().sum().backward()
     assert all(weight.grad is not None for weight in model.parameters())
+
+
+# --- rows that come and go, tokens that are taken back ---
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize("lengths", [(4, 9, 2), (12, 1, 17)])
+def test_a_row_that_is_put_into_another_cache_goes_on_there(
+    model: Gemma, ahead: int, lengths: tuple[int, ...]
+) -> None:
+    texts = sequences(*(length + 4 for length in lengths))
+    small = model.new_cache(3, max(lengths), ahead)
+    feed(model, small, [text[:-4] for text in texts], [0, 0, 0])
+    cache = model.new_cache(4, 25, ahead)
+    first, other = sequences(20, 20)
+    feed(model, cache, [first, other, first, other], [0, 0, 0, 0])  # what they hold is forgotten
+    cache = cache.select(torch.tensor([1, 0]))
+    cache.put(torch.tensor([0, 2, 3]), small, torch.tensor([2, 0, 2]))
+    order, starts = [2, None, 0, 2], []
+    for at in range(4):
+        rows = [other if r is None else texts[r] for r in order]
+        starts = [20 if r is None else lengths[r] + at for r in order]
+        pieces = [row[start : start + 1] for row, start in zip(rows, starts, strict=True)]
+        pieces[1] = first[:0] if at else sequences(1)[0]  # row 1 goes on with first, once
+        starts[1] = 0 if at else 20
+        out = feed(model, cache, pieces, starts)
+        for place in (0, 2, 3):
+            expected = logits(model, rows[place])[starts[place]]
+            torch.testing.assert_close(out[place][0], expected, atol=CLOSE, rtol=0)
+        if not at:
+            expected = logits(model, torch.cat([first, pieces[1]]))[-1]
+            torch.testing.assert_close(out[1][0], expected, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_tokens_that_were_taken_back_leave_no_trace(model: Gemma, ahead: int) -> None:
+    texts, wrong = sequences(24, 13), sequences(30, 31)
+    cache = model.new_cache(2, 30, ahead)
+    feed(model, cache, [text[:3] for text in texts], [0, 0])
+    at = [3, 3]
+    for turn in range(9):
+        # One right token and up to `ahead` wrong ones at once; then the wrong ones are taken back.
+        extra = [(turn + row) % (ahead + 1) for row in range(2)]
+        pieces = [
+            torch.cat([text[a : a + 1], bad[a + 1 : a + 1 + more]])
+            for text, bad, a, more in zip(texts, wrong, at, extra, strict=True)
+        ]
+        out = feed(model, cache, pieces, at)
+        for row, text in enumerate(texts):
+            expected = logits(model, text[: at[row] + 1])[-1]
+            torch.testing.assert_close(out[row][0], expected, atol=CLOSE, rtol=0)
+        at = [a + 1 for a in at]
+        cache.rewind(at)
+    with pytest.raises(DataError, match="cannot go back to 0"):
+        cache.rewind([0, at[1]])
+    with pytest.raises(DataError, match="cannot go back to 13"):
+        cache.rewind([13, at[1]])
+
+
+def test_several_tokens_at_the_speed_of_one_are_the_full_forward(model: Gemma) -> None:
+    texts = sequences(23, 14)
+    cache = model.new_cache(2, 23, 3)
+    feed(model, cache, [text[:7] for text in texts], [0, 0])
+    for start in range(7, 23, 4):
+        pieces = [text[start : start + 4] for text in texts]
+        out = feed(model, cache, pieces, [start if len(piece) else 0 for piece in pieces])
+        for text, piece, got in zip(texts, pieces, out, strict=True):
+            expected = logits(model, text)[start : start + len(piece)]
+            torch.testing.assert_close(got, expected, atol=CLOSE, rtol=0)
+    assert cache.step is not None
+
+
+def test_rows_for_which_there_is_no_room_are_refused(model: Gemma) -> None:
+    cache, other = model.new_cache(2, 9), model.new_cache(1, 9)
+    one = torch.tensor([0])
+    with pytest.raises(DataError, match="row 2 is asked for, the cache was made for 2"):
+        cache.put(torch.tensor([2]), other, one)
+    with pytest.raises(DataError, match="capacity 10"):
+        cache.put(one, model.new_cache(1, 10), one)
+    with pytest.raises(DataError, match="another configuration"):
+        cache.put(one, model.with_window(2).new_cache(1, 9), one)
+
+
+def test_eight_thousand_tokens_cost_a_sliding_layer_no_more_than_its_window() -> None:
+    config = replace(preset("gemma2-nano"), window=512, layers=2)
+    by_capacity = {c: Gemma(config).new_cache(1, c).nbytes for c in (512, 2048, 8192)}
+    one_slot = 2 * config.kv_heads * config.head_width * 4
+    assert by_capacity == {c: one_slot * (512 + 1 + c + 1) for c in by_capacity}
+
+
+# --- 8 bits ---
+
+
+def test_int8_decoding_errs_as_much_as_eight_bits_do_and_follows_the_weights() -> None:
+    exact = lively(replace(preset("gemma2-nano"), vocab_size=100))
+    rounded = exact.with_int8_decoding()
+    (tokens,) = sequences(12)
+
+    def decoded(model: Gemma) -> Tensor:
+        cache = model.new_cache(1, 12)
+        steps = [feed(model, cache, [token[None]], [at])[0] for at, token in enumerate(tokens)]
+        return torch.cat(steps).log_softmax(-1)
+
+    whole = logits(exact, tokens).log_softmax(-1)
+    error = (decoded(rounded) - whole).abs().mean()
+    # Weights are off by up to 0.4% of the largest of their row, activations by 2^-9.
+    assert 1e-4 < error < 0.02
+    assert (decoded(exact) - whole).abs().max() < 1e-4
+    assert rounded.embedding is exact.embedding
+    with torch.no_grad():
+        exact.final_norm.mul_(-1.0)
+    changed = logits(exact, tokens).log_softmax(-1)
+    assert (decoded(rounded) - changed).abs().mean() < 0.02
+    assert (changed - whole).abs().mean() > 0.1
+
+
+def test_int8_products_are_those_of_the_rounded_weight() -> None:
+    weight = torch.randn(50, 64, generator=Key(1).generator())
+    weight[7] = 0.0
+    x = torch.randn(3, 64, generator=Key(2).generator()).bfloat16()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    nearest = (weight / step.clamp(min=1e-30)).round() * step
+    assert ((nearest - weight).abs() <= step / 2 + 1e-7).all()
+    got = int8(weight, 3)(x.float())
+    expected = x.float() @ nearest.T
+    # bfloat16 scales and results: two roundings of 2^-9.
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=2**-7)
+    assert torch.equal(got[:, 7], torch.zeros(3))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cabochon.core import Backbone, Cache, Group, Key, Sampler, TokenBatch
-from cabochon.core.errors import ConfigError, NonFinite
+from cabochon.core.errors import ConfigError, DataError, NonFinite
 from cabochon.generation.modes import device_of, evaluating
 from cabochon.generation.sample import Draws, broken_rows, draw
 from cabochon.generation.settings import Settings
@@ -117,7 +117,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing is being written, and nothing waits."""
-        return not self._active and not self._queue
+        waiting = (writing for reading in self._queue for writing in reading.waiting)
+        return all(writing.finished for writing in (*self._active, *waiting))
 
     def add(
         self, prompt: Tensor, settings: Settings, key: Key, *, index: int = 0, samples: int = 1
@@ -285,6 +286,11 @@ class Engine:
         (model, draft), (cache, draft_cache) = self._models, self._caches
         proposals = propose(draft, draft_cache, self._active, self._ahead)
         logits = model(proposals.batch, cache).logits(slice(None))
+        if logits.shape[-1] != proposals.drafted.shape[-1]:
+            raise DataError(
+                f"the draft model has a vocabulary of {proposals.drafted.shape[-1]} tokens, the "
+                f"model one of {logits.shape[-1]}; a draft needs the model's own tokenizer"
+            )
         logits = logits.unflatten(0, proposals.batch.shape)
         self._judge(proposals, logits)
         # All but the newest token; what failed got none, and leaves.

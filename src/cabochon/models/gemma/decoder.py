@@ -31,7 +31,7 @@ from cabochon.models.gemma.kernels import (
     rope,
     rotated_attention,
 )
-from cabochon.models.gemma.step import PackedPrediction, Step
+from cabochon.models.gemma.step import Layout, PackedPrediction, Step, int8, packed
 
 __all__ = ["Block", "Gemma"]
 
@@ -111,6 +111,7 @@ class Gemma(nn.Module):
             Block(config, device=device, dtype=dtype) for _ in range(config.layers)
         )
         self.final_norm = nn.Parameter(torch.zeros(config.width, device=device, dtype=dtype))
+        self._layout: Layout = packed
 
     @classmethod
     def init(
@@ -186,11 +187,24 @@ class Gemma(nn.Module):
         other.config = replace(self.config, window=window)
         return other
 
+    def with_int8_decoding(self) -> Gemma:
+        """The same parameters (shared, not copied), decoded with weights rounded to 8 bits.
+
+        Prompts are read, and gradients made, with the parameters as they are; single tokens after
+        them with a copy in 8 bits (one scale a row), which follows the parameters' changes. What is
+        drawn, and its log-probability, is that of the rounded model. On the CPU alone.
+        """
+        other = copy.copy(self)
+        other._layout = int8
+        return other
+
     def _step(self, batch: TokenBatch, cache: GemmaCache) -> PackedPrediction:
         step, weight = cache.step, self.embedding
         if step is None or not step.is_of(self.blocks, weight, self.final_norm):
             rows = cache.room * (1 + cache.ahead)
-            step = cache.step = Step(self.config, self.blocks, weight, self.final_norm, rows)
+            step = cache.step = Step(
+                self.config, self.blocks, weight, self.final_norm, rows, self._layout
+            )
         x = embedding(batch.tokens, weight) * _embedding_scale(self.config.width, weight.dtype)
         cos, sin = _rotation(batch.positions, self.config, weight.dtype)
         return step(x, cos, sin, cache.attends_few(batch))

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import gelu, linear
 
+from cabochon.core.errors import ConfigError
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.numerics import LARGEST_LOGISTIC_CAP
 
-__all__ = ["AttendFew", "PackedPrediction", "Step", "curve", "packed"]
+__all__ = ["AttendFew", "Layout", "PackedPrediction", "Step", "curve", "int8", "packed"]
 
 AttendFew = Callable[[Tensor, Tensor], Tensor]
 """Rotated queries, `curve`'s gain inside ((B T) N H), and new keys and values ((B T) 2K H) ->
@@ -69,11 +70,12 @@ class Step:
         embedding: Tensor,
         final_norm: Tensor,
         rows: int,
+        layout: Layout,
     ) -> None:
         """Lay out a decoder's weights for about `rows` rows."""
         kept = list(blocks)
         size = embedding.nbytes + sum(w.nbytes for block in kept for w in block.parameters())
-        product = packed if size <= PACKED_BYTES else _plain
+        product = _plain if layout is packed and size > PACKED_BYTES else layout
         self._config = config
         self._weights = _weights(kept, embedding, final_norm)
         self._version = _version(self._weights)
@@ -201,6 +203,32 @@ def packed(weight: Tensor, rows: int) -> Product:
     def apply(x: Tensor) -> Tensor:
         result: Tensor = product(x, reordered, None, "none", [], "")
         return result
+
+    return apply
+
+
+def int8(weight: Tensor, rows: int) -> Product:  # noqa: ARG001
+    """The product with `weight` (O I) in 8 bits, one scale a row; inputs are rounded to bfloat16.
+
+    A weight is off by at most half a step, the largest of its row / 254.
+
+    Raises:
+        ConfigError: the weight is not on the CPU.
+    """
+    if weight.device.type != "cpu":
+        raise ConfigError(
+            f"int8 weights are multiplied with on the CPU alone, these are on {weight.device}; "
+            "decode in bfloat16 there"
+        )
+    wide = weight.detach().float()
+    # A row of zeros has no scale of its own; any will do.
+    scale = wide.abs().amax(1).div_(127.0).clamp_(min=torch.finfo(torch.float32).tiny)
+    quantized = (wide / scale.unsqueeze(1)).round_().to(torch.int8)
+    scales, product = scale.to(torch.bfloat16), torch.ops.aten._weight_int8pack_mm
+
+    def apply(x: Tensor) -> Tensor:
+        result: Tensor = product(x.to(torch.bfloat16), quantized, scales)
+        return result.to(x.dtype)
 
     return apply
 
