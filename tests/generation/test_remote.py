@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -13,16 +15,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from local_server import Handler, World, serving
 from small_gemma import random_prompts, small_gemma
 
-from cabochon.core import Key
+from cabochon.core import Group, Key
 from cabochon.core.errors import ConfigError, DataError, ServerError
 from cabochon.generation import remote
+from cabochon.generation.answers import read_group, read_scores, read_texts
 from cabochon.generation.engine import Settings
 from cabochon.generation.remote import OPENAI, Endpoint
 from cabochon.generation.score import score
-from cabochon.generation.transport import Transport
+from cabochon.generation.transport import Transport, Unsettled
 from cabochon.generation.vllm import VLLM
 
 pytest.importorskip("httpx2")
@@ -204,6 +209,15 @@ def test_results_come_as_they_are_finished_and_leaving_cancels_the_rest(
     assert all(gone.acquire(timeout=5) for _ in range(3))
 
 
+def test_it_works_where_an_event_loop_is_running(endpoint: Endpoint) -> None:
+    """As in a notebook."""
+
+    async def cell() -> list[Any]:
+        return draw(endpoint)
+
+    assert len(asyncio.run(cell())) == 1
+
+
 def test_several_requests_are_under_way_but_no_more_than_allowed(
     world: World, endpoint: Endpoint
 ) -> None:
@@ -265,6 +279,60 @@ def test_an_answer_that_cannot_be_right_is_refused_at_once(
         remote.generate(endpoint, random_prompts(4), Settings(max_new_tokens=6), Key(1))
     assert "http://127.0.0.1" in str(caught.value)
     assert len(world.calls) == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+def soundly(prompt: torch.Tensor, ids: list[int]) -> dict[str, Any]:
+    """What a server should answer."""
+    scores = [None, *({str(id_): {"logprob": -1.0}} for id_ in [*prompt[1:].tolist(), *ids])]
+    choice = {
+        "index": 0,
+        "text": "x",
+        "finish_reason": "length",
+        "token_ids": list(ids),
+        "prompt_token_ids": prompt.tolist(),
+        "logprobs": {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": [-1.0] * len(ids)},
+        "prompt_logprobs": scores,
+    }
+    return {"choices": [choice], "usage": {"prompt_tokens": len(prompt)}}
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container and key in it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [
+        place
+        for key, inner in items
+        for place in [(value, key), *(places(inner) if isinstance(inner, dict | list) else [])]
+    ]
+
+
+@given(data=st.data(), how=st.sampled_from(["prompt_logprobs", "echo"]))
+def test_any_damage_to_an_answer_is_noticed_or_harmless(data: st.DataObject, how: str) -> None:
+    """Never another error, never numbers that cannot be."""
+    (prompt,), ids = random_prompts(4), [5, 6, 7]
+    answer = soundly(prompt, ids)
+    container, key = data.draw(st.sampled_from(places(answer)))
+    container[key] = data.draw(JSON)
+    settings = Settings(max_new_tokens=3)
+    with contextlib.suppress(ServerError, Unsettled):
+        (written,) = read_group(prompt, settings, 1, False, answer).completions
+        assert len(written.tokens) == len(written.logprob) <= 3
+        assert bool((written.logprob <= 1e-3).all())
+    completion = read_group(prompt, settings, 1, False, soundly(prompt, ids)).completions
+    with contextlib.suppress(ServerError, Unsettled):
+        group = Group(prompt=prompt, completions=completion)
+        (scored,) = read_scores(how, group, 1, answer)
+        assert bool((scored.logprob <= 1e-3).all())
+    with contextlib.suppress(ServerError, Unsettled):
+        (text,) = read_texts(1, answer)
+        assert isinstance(text.text, str)
 
 
 def test_a_completion_that_the_server_gave_up_is_asked_for_again(

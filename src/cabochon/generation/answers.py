@@ -56,12 +56,12 @@ def _choices(answer: Any, count: int) -> list[dict[str, Any]]:
     if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
         raise ServerError(f"the answer has no choices: {str(answer)[:200]!r}")
     places = [each.get("index", place) for place, each in enumerate(choices)]
-    if sorted(places, key=str) != sorted(range(count), key=str):
+    if any(type(place) is not int for place in places) or sorted(places) != list(range(count)):
         raise ServerError(f"asked for {count} choices, got those of index {places}")
     for each in choices:
         if each.get("finish_reason") == "abort":
             raise Unsettled(ServerError("the server gave the request up before it was done"))
-    return sorted(choices, key=lambda each: int(each.get("index", 0)))
+    return [choices[places.index(place)] for place in range(count)]
 
 
 def read_group(
@@ -92,7 +92,7 @@ def _check_prompt(
     """Refuse a prompt that the server read otherwise: a BOS too many, a text split differently."""
     told = choice.get("prompt_token_ids")
     if told is not None:
-        if told != prompt.tolist():
+        if _list(told) != prompt.tolist():
             raise ServerError(
                 f"the server read the prompt as {len(told)} tokens {told[:8]}..., it has "
                 f"{len(prompt)}: {prompt[:8].tolist()}..."
@@ -153,24 +153,31 @@ def _tokens(choice: Mapping[str, Any], ids: Any = None) -> tuple[list[int], list
         names = [each.get("id", each.get("token")) for each in entries]
         values = [each.get("logprob") for each in entries]
     else:
-        names, values = given.get("tokens") or [], given.get("token_logprobs") or []
-    return [_token_id(each) for each in (names if ids is None else ids)], list(values)
+        names, values = _list(given.get("tokens")), _list(given.get("token_logprobs"))
+    return [_token_id(each) for each in (names if ids is None else _list(ids))], values
 
 
 def _token_id(name: Any) -> int:
-    if isinstance(name, int) and name >= 0:
-        return name
-    digits = name.removeprefix("token_id:") if isinstance(name, str) else ""
-    if not (isinstance(name, str) and name.startswith("token_id:") and digits.isdecimal()):
+    if isinstance(name, str) and name.startswith("token_id:"):
+        digits = name.removeprefix("token_id:")
+        name = int(digits) if digits.isdecimal() and digits.isascii() else name
+    if type(name) is not int or not 0 <= name < 2**31:
         raise ServerError(
             f"the server names a token {name!r} instead of giving its id; a piece of text may "
             "stand for several tokens"
         )
-    return int(digits)
+    return name
+
+
+def _list(value: Any) -> list[Any]:
+    """A list; absent, an empty one."""
+    if value is not None and not isinstance(value, list):
+        raise ServerError(f"expected a list in the answer, got {str(value)[:200]!r}")
+    return value or []
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return type(value) in (int, float) and not math.isnan(value)
 
 
 def read_texts(samples: int, answer: Any) -> list[Text]:
@@ -211,7 +218,7 @@ def _scored(
     how: str, choice: Mapping[str, Any], prompt: Tensor, completion: Tensor, top_k: int
 ) -> Scored:
     tokens = [*prompt.tolist(), *completion.tolist()]
-    entries = choice.get("prompt_logprobs") or []
+    entries = _list(choice.get("prompt_logprobs"))
     if how == "echo":
         ids, values = _tokens(choice)
         if ids != tokens or len(values) != len(ids):
@@ -248,7 +255,7 @@ def _entry(entry: Any, place: int) -> dict[int, float]:
     found = {}
     for name, value in entry.items():
         number: Any = value.get("logprob") if isinstance(value, dict) else value
-        if not name.isdecimal() or not _is_number(number) or number > ROUNDING:
+        if not (name.isdecimal() and name.isascii()) or not _is_number(number) or number > ROUNDING:
             raise ServerError(f"the score of token {name} at {place} is {value!r}")
         found[int(name)] = -math.inf if number <= LOWEST else float(number)
     return found

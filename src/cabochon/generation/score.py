@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cabochon.core import Group, Policy, TokenBatch
 from cabochon.core.errors import DataError
-from cabochon.generation.modes import evaluating
+from cabochon.generation.modes import device_of, evaluating
 from cabochon.generation.sample import sampled_from
 
 __all__ = ["score"]
@@ -31,7 +31,7 @@ def score(
     """The log-probability of every token of every completion, in nats.
 
     Args:
-        policy: read in evaluation mode, without gradients, on the prompts' device.
+        policy: read in evaluation mode and without gradients, where it is.
         groups: prompts and what to score behind them.
         temperature: with the two cuts, of the distribution to score under; the policy itself when
             left alone. Above 0.
@@ -40,7 +40,8 @@ def score(
         rows: how many completions are read at a time.
 
     Returns:
-        T float32 for each completion of each group; -inf where a cut leaves no such token.
+        T float32 for each completion of each group, on its device; -inf where a cut leaves no such
+        token.
 
     Raises:
         DataError: an empty prompt.
@@ -54,7 +55,7 @@ def score(
     with evaluating(policy):
         for start in range(0, len(pairs), rows):
             chunk = pairs[start : start + rows]
-            batch = _batch(chunk)
+            batch = _batch(chunk).to(device_of(policy, chunk[0][0]))
             prediction = policy(batch)
             chosen = batch.mask.flatten().nonzero().flatten()
             parts = []
@@ -67,15 +68,17 @@ def score(
                 targets = batch.targets.flatten()[some].unsqueeze(-1)
                 parts.append(law.gather(-1, targets).squeeze(-1))
             flat = torch.cat(parts) if parts else torch.zeros(0)
-            found += flat.split([len(completion) for _, completion in chunk])
-    each = iter(found)
-    return [[next(each) for _ in group.completions] for group in groups]
+            each = flat.split([len(completion) for _, completion in chunk])
+            found += [
+                one.to(completion.device) for one, (_, completion) in zip(each, chunk, strict=True)
+            ]
+    scores = iter(found)
+    return [[next(scores) for _ in group.completions] for group in groups]
 
 
 def _batch(pairs: Sequence[tuple[Tensor, Tensor]]) -> TokenBatch:
     """Prompt and completion a row; the completion's tokens are the targets."""
-    device = pairs[0][0].device
     return TokenBatch.of(
-        [torch.cat([prompt, completion]).cpu() for prompt, completion in pairs],
+        [torch.cat([prompt.cpu(), completion.cpu()]) for prompt, completion in pairs],
         masks=[[False] * len(prompt) + [True] * len(completion) for prompt, completion in pairs],
-    ).to(device)
+    )

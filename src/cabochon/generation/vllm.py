@@ -80,6 +80,9 @@ VLLM = Dialect(
 """With --logprobs-mode processed_logprobs; `connect` finds out."""
 
 DEVELOPMENT = "start the server with VLLM_SERVER_DEV_MODE=1, which opens this endpoint"
+PUBLISHED = "published-for-vllm"
+"""A file that says of a folder of weights that `publish` may remove it."""
+
 CERTAIN = -1e-4
 """Nats: above it a token was the only one that could be drawn."""
 
@@ -126,13 +129,13 @@ def publish(
 ) -> None:
     """Let the server go on with the weights that `model` has now.
 
-    They are written to a folder of their own in `folder`, `reload` is asked for, and the folders
-    of earlier versions are removed once it has succeeded.
+    They are written to a folder of their own in `folder`, `reload` is asked for, and what earlier
+    calls wrote into `folder` is removed once it has succeeded.
 
     Args:
         transport: where the server is.
         model: written in the type of its parameters.
-        folder: on a file system that the server sees too; used for nothing else.
+        folder: on a file system that the server sees too.
         version: a name for these weights, such as the step; `weight_version` gives it back.
         seen_as: the path of `folder` for the server, where it differs.
 
@@ -154,9 +157,10 @@ def publish(
         f"{seen_as.rstrip('/')}/{version}" if seen_as else str(place.resolve()),
         version=version,
     )
-    for earlier in folder.iterdir():
-        if earlier.is_dir() and earlier != place:
-            shutil.rmtree(earlier)
+    (place / PUBLISHED).touch()
+    for marker in list(folder.glob(f"*/{PUBLISHED}")):
+        if marker.parent != place:
+            shutil.rmtree(marker.parent)
 
 
 def reload(transport: Transport, path: str, *, version: str) -> None:
