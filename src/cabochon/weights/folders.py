@@ -10,10 +10,10 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from cabochon import __version__
 from cabochon.core.errors import ConfigError, FolderError, WeightsMismatch
 from cabochon.files import whole
 from cabochon.weight_files import Stored, read_json, stored_tensors, write_json
@@ -100,7 +100,7 @@ def merge(
             for name, stored in tensors[0].items()
         ]
         record = {
-            "cabochon": __version__,
+            "cabochon": version("cabochon"),
             "method": formula.method,
             "formula": formula.text,
             **formula.settings,
