@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from workshop import Workshop, call, write_jsonl
 
 import cabochon
 from cabochon.cli.generate import stop_ids
-from cabochon.core import TokenBatch
+from cabochon.core import Key, TokenBatch
 from cabochon.data.chat import Message, encode_prompt
+from cabochon.data.tokenizer import train_tokenizer
+from cabochon.models.gemma import Gemma, preset
 
 
 def test_the_answer_holds_tokens_text_and_their_logprobs(workshop: Workshop) -> None:
@@ -170,3 +173,86 @@ def test_a_long_chat_drops_its_oldest_turns_and_says_so(
     assert done.code == 0
     assert len(done.out.splitlines()) >= 4
     assert "no longer fit into 256 tokens" in done.err
+
+
+# --- how the engine is asked to write ---
+
+
+def greedy(workshop: Workshop, *words: object) -> dict[str, object]:
+    done = call(
+        "generate", workshop.model, "--prompt", "import ", "--max-new-tokens", 12, "--temperature",
+        0, "--json", *words,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    answer: dict[str, object] = done.answer
+    return answer
+
+
+@pytest.mark.parametrize("words", [("--ahead", 2), ("--ahead", 9, "--stop", "e")])
+def test_a_draft_changes_nothing_of_what_greedy_writes(
+    workshop: Workshop, words: tuple[object, ...]
+) -> None:
+    plain = greedy(workshop, *words)
+    drafted = greedy(workshop, "--draft", workshop.run, *words)
+    assert drafted.pop("logprobs") == pytest.approx(plain.pop("logprobs"), abs=1e-4)
+    assert drafted == plain
+
+
+def test_guidance_of_strength_one_is_none_and_more_is_something(workshop: Workshop) -> None:
+    assert greedy(workshop, "--guidance", 1) == greedy(workshop)
+    strong = greedy(workshop, "--guidance", 3, "--negative", "import ")
+    # Both streams read the same: their combination is the model, to rounding.
+    assert strong["tokens"] == greedy(workshop)["tokens"]
+    assert greedy(workshop, "--guidance", 3)["logprobs"] != greedy(workshop)["logprobs"]
+
+
+def test_eight_bits_are_near_the_whole(workshop: Workshop) -> None:
+    rounded, whole = greedy(workshop, "--int8"), greedy(workshop)
+    assert rounded["logprobs"][0] == pytest.approx(whole["logprobs"][0], abs=0.05)
+    assert rounded["logprobs"] != whole["logprobs"]
+
+
+def test_an_answer_says_what_ended_it(workshop: Workshop) -> None:
+    answer = greedy(workshop)
+    assert (answer["ended"], answer["stopped"], len(answer["tokens"])) == ("length", False, 12)
+    stopped = greedy(workshop, "--stop", answer["text"][3])
+    assert (stopped["ended"], stopped["stopped"]) == ("stop", True)
+    assert stopped["text"] == answer["text"][: answer["text"].index(answer["text"][3])]
+    long = call(
+        "generate", workshop.model, "--prompt", "x", "--max-new-tokens", 10_000, "--json",
+        "--temperature", 0,
+    ).answer  # fmt: skip
+    model, _ = cabochon.load(workshop.model)
+    if not long["stopped"]:
+        assert long["ended"] == "context"
+        assert len(long["tokens"]) < model.context
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--negative", "x"), "no effect at --guidance 1"),
+        (("--stop", ""), "at once"),
+        (("--max-new-tokens", 0), "max_new_tokens must be at least 1"),
+        (("--temperature", -1), "temperature must be finite and at least 0"),
+        (("--ahead", 0), "ahead must be at least 1"),
+        (("--guidance", -1), "must be at least 0"),
+        (("--backend", "transformers", "--int8"), "the engine's"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(
+    workshop: Workshop, words: tuple[object, ...], message: str
+) -> None:
+    done = call("generate", workshop.model, "--prompt", "x", *words)
+    assert done.code != 0
+    assert message in done.err
+    assert done.out == ""
+
+
+def test_a_draft_with_another_tokenizer_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["something else entirely"], 280)
+    config = replace(preset("gemma2-nano"), vocab_size=tokenizer.vocab_size, layers=1)
+    cabochon.save(Gemma.init(config, Key(0)), tokenizer, tmp_path / "draft")
+    done = call("generate", workshop.model, "--prompt", "x", "--draft", tmp_path / "draft")
+    assert done.code != 0
+    assert "another tokenizer" in done.err

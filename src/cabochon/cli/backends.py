@@ -9,17 +9,57 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cabochon.core import Group, Key
+    from cabochon.cli.generate import GenerateSettings
+    from cabochon.core import Backbone, Group, Key
     from cabochon.data.tokenizer import Tokenizer
     from cabochon.generation.settings import Settings
 
-__all__ = ["Writer", "served", "transformers_own"]
+__all__ = ["Writer", "engine_models", "served", "transformers_own"]
 
 Writer = Callable[
     ["Sequence[Tensor]", "Settings", "Key", int],
     "list[Group]",
 ]
 """Prompts, settings, key and number of samples to a group of completions for each prompt."""
+
+
+def engine_models(
+    settings: GenerateSettings,
+) -> tuple[Backbone, Backbone | None, Tokenizer]:
+    """The model that the engine is to use, guided or in 8 bits if asked for, and its draft.
+
+    Raises:
+        ConfigError: 8 bits for a model that is no Gemma.
+        FolderError: there is no such model.
+        TokenizerMismatch: the draft has another tokenizer.
+    """
+    import torch
+
+    from cabochon.cli.machine import load_backbone
+    from cabochon.core.errors import ConfigError, DataError, TokenizerMismatch
+    from cabochon.generation.guidance import Guided, always
+    from cabochon.models.gemma.decoder import Gemma
+
+    model, tokenizer = load_backbone(settings.model, settings.precision, settings.device)
+    draft = None
+    if settings.draft:
+        draft, other = load_backbone(settings.draft, settings.precision, settings.device)
+        difference = tokenizer.difference(other)
+        if difference:
+            raise TokenizerMismatch(
+                f"the draft model at {settings.draft} has another tokenizer than {settings.model}: "
+                f"{difference}"
+            )
+    if settings.int8:
+        if not isinstance(model, Gemma):
+            raise ConfigError(f"--int8 is for Gemma models; {settings.model} holds another one")
+        model = model.with_int8_decoding()
+    if settings.guidance != 1.0:
+        ids = tokenizer.encode(settings.negative, bos=tokenizer.bos_id is not None)
+        if not ids:
+            raise DataError("the tokenizer has no BOS: --guidance needs a --negative text")
+        model = Guided(model, settings.guidance, always(torch.tensor(ids)))
+    return model, draft, tokenizer
 
 
 def transformers_own(path: str, precision: str, device: str) -> tuple[Writer, Tokenizer]:

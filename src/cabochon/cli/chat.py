@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from cabochon.core import Key
     from cabochon.core.errors import DataError
     from cabochon.data.chat import Message
-    from cabochon.generation.engine import Settings
+    from cabochon.generation.engine import Settings, stream
 
     use_threads(settings.threads)
     model, tokenizer = load_backbone(settings.model, settings.precision, settings.device)
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             say(f"(the oldest {dropped} turns no longer fit into {model.context} tokens)")
         key = Key(settings.seed, ("chat", turns))
         out = None if settings.json else sys.stdout
-        written = write_stream(model, tokenizer, prompt, how, key, (), out)
+        written = write_stream(partial(stream, model), tokenizer, prompt, how, key, (), out)
         history.append(Message("model", written.text))
         turns += 1
         if settings.json:

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cabochon.cli.backends import Writer
-    from cabochon.core import Backbone, Completion, Key
+    from cabochon.cli.stream import Speaker
+    from cabochon.core import Completion, Key
     from cabochon.data.tokenizer import Tokenizer
-    from cabochon.generation.engine import Settings
+    from cabochon.generation.settings import Ends, Settings
 
-__all__ = ["GenerateSettings", "cut_at_stop", "main", "stop_ids"]
+__all__ = ["GenerateSettings", "cut_at_stop", "main", "stop_ids", "stop_texts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,16 @@ class GenerateSettings:
     MODEL (a tokenizer folder will do) gives the tokenizer."""
     url: str = ""
     """Of the server: http://HOST:PORT."""
+    draft: str = ""
+    """A smaller model with the same tokenizer that proposes tokens: faster, the same law."""
+    ahead: int = 4
+    """How many tokens --draft proposes at a time."""
+    int8: bool = False
+    """Decode with weights rounded to 8 bits (a Gemma on the CPU)."""
+    guidance: float = 1.0
+    """Strength of classifier-free guidance: above 1 the prompt counts for more."""
+    negative: str = ""
+    """What --guidance leads away from; by default a text that begins with nothing."""
     precision: Literal["stored", "float32", "bf16"] = "stored"
     """What to compute in."""
     device: str = "auto"
@@ -72,10 +83,10 @@ def main(argv: Sequence[str]) -> int:
     )
     prompts = _prompts(settings)
     _check_backend(settings)
-    from cabochon.cli.backends import served, transformers_own
-    from cabochon.cli.machine import load_backbone, use_threads
+    from cabochon.cli.backends import engine_models, served, transformers_own
+    from cabochon.cli.machine import use_threads
     from cabochon.core import Key
-    from cabochon.generation.engine import Settings, generate
+    from cabochon.generation.engine import Settings, generate, stream
 
     use_threads(settings.threads)
     model = None
@@ -85,19 +96,21 @@ def main(argv: Sequence[str]) -> int:
         loaded = (settings.model, settings.precision, settings.device)
         write, tokenizer = transformers_own(*loaded)
     else:
-        model, tokenizer = load_backbone(settings.model, settings.precision, settings.device)
-        write = partial(generate, model)
+        model, draft, tokenizer = engine_models(settings)
+        write = partial(generate, model, draft=draft, ahead=settings.ahead)
+        speak = partial(stream, draft=draft, ahead=settings.ahead)
     how = Settings(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         stop_ids=stop_ids(tokenizer, settings.stop, chat=settings.chat),
+        ends=() if model is None else stop_texts(tokenizer, settings.stop),
     )
     encoded = [_encode(tokenizer, prompt, chat=settings.chat) for prompt in prompts]
     key = Key(settings.seed, ("generate",))
     if settings.samples == 1 and len(encoded) == 1 and not settings.json and model is not None:
-        _stream(model, tokenizer, encoded[0], how, key, settings.stop)
+        _stream(partial(speak, model), tokenizer, encoded[0], how, key, settings.stop)
         return 0
     _batch(write, tokenizer, encoded, how, key, settings)
     return 0
@@ -111,6 +124,18 @@ def stop_ids(tokenizer: Tokenizer, stops: Sequence[str], *, chat: bool) -> tuple
         if len(found) == 1 and tokenizer.is_control(found[0]):
             ids += found
     return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
+
+
+def stop_texts(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[Ends, ...]:
+    """What ends a completion at the first of `stops`; control tokens have no text (`stop_ids`)."""
+    from cabochon.generation.stopping import at_text
+
+    texts = [stop for stop in stops if not tokenizer.controls_in(stop)]
+    if not texts:
+        return ()
+    if tokenizer.bytes_of(0) is not None:
+        return (at_text(texts, lambda id_: tokenizer.bytes_of(id_) or b""),)
+    return (lambda tokens: any(stop in tokenizer.decode(tokens) for stop in texts),)
 
 
 def cut_at_stop(
@@ -135,6 +160,8 @@ def _check_backend(settings: GenerateSettings) -> None:
     """A server computes in its own way, and no flag for this machine may seem to change that."""
     from cabochon.core.errors import ConfigError
 
+    if "" in settings.stop:
+        raise ConfigError('--stop "" would end every completion at once; leave it out')
     at_server = settings.backend == "vllm"
     if at_server != bool(settings.url):
         raise ConfigError(
@@ -142,6 +169,14 @@ def _check_backend(settings: GenerateSettings) -> None:
             if at_server
             else f"--url is for --backend vllm; the backend is {settings.backend}"
         )
+    own = (settings.draft, settings.int8, settings.guidance, settings.negative)
+    if settings.backend != "engine" and own != ("", False, 1.0, ""):
+        raise ConfigError(
+            "--draft, --int8, --guidance and --negative are the engine's; the backend is "
+            f"{settings.backend}"
+        )
+    if settings.negative and settings.guidance == 1.0:
+        raise ConfigError("--negative has no effect at --guidance 1; give a strength, 1.5 perhaps")
     if at_server and (settings.precision, settings.device) != ("stored", "auto"):
         raise ConfigError("--precision and --device are the server's own; leave them out")
 
@@ -212,7 +247,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> Tensor:
 
 
 def _stream(
-    model: Backbone,
+    speak: Speaker,
     tokenizer: Tokenizer,
     prompt: Tensor,
     how: Settings,
@@ -221,7 +256,7 @@ def _stream(
 ) -> None:
     from cabochon.cli.stream import write_stream
 
-    write_stream(model, tokenizer, prompt, how, key, stops, sys.stdout)
+    write_stream(speak, tokenizer, prompt, how, key, stops, sys.stdout)
     print()
 
 
@@ -239,7 +274,7 @@ def _batch(
     several = len(prompts) * settings.samples > 1
     for index, group in enumerate(groups):
         for sample, completion in enumerate(group.completions):
-            result = _result(tokenizer, completion, settings.stop)
+            result = _result(tokenizer, completion, settings)
             if settings.json:
                 answer({**result, "prompt": index, "sample": sample})
             else:
@@ -248,11 +283,16 @@ def _batch(
                 print(result["text"], flush=True)
 
 
-def _result(tokenizer: Tokenizer, completion: Completion, stops: Sequence[str]) -> dict[str, Any]:
+def _result(
+    tokenizer: Tokenizer, completion: Completion, settings: GenerateSettings
+) -> dict[str, Any]:
     ids, logprobs = completion.tokens.tolist(), completion.logprob.tolist()
     stopped, text = completion.stopped, tokenizer.decode(ids)
-    cut = cut_at_stop(tokenizer, ids, stops)
+    cut = cut_at_stop(tokenizer, ids, settings.stop)
     if cut is not None:
         count, text = cut
         ids, logprobs, stopped = ids[:count], logprobs[:count], True
-    return {"tokens": ids, "text": text, "logprobs": logprobs, "stopped": stopped}
+    ended = "stop" if stopped else "length" if len(ids) == settings.max_new_tokens else "context"
+    return {
+        "tokens": ids, "text": text, "logprobs": logprobs, "stopped": stopped, "ended": ended,
+    }  # fmt: skip

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 from torch import Tensor
 
-from cabochon.core import Backbone, Key
+from cabochon.core import Key
 from cabochon.data.tokenizer import Tokenizer
-from cabochon.generation.engine import Settings, stream
+from cabochon.generation.engine import Settings, Token
 
-__all__ = ["Written", "write_stream"]
+__all__ = ["Speaker", "Written", "write_stream"]
+
+Speaker = Callable[[Tensor, Settings, Key], Iterator[Token]]
+"""`stream` of the engine, its model decided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class Written:
 
 
 def write_stream(
-    model: Backbone,
+    speak: Speaker,
     tokenizer: Tokenizer,
     prompt: Tensor,
     settings: Settings,
@@ -47,7 +50,7 @@ def write_stream(
     tokens: list[int] = []
     logprobs: list[float] = []
     text, shown, stopped = "", 0, False
-    for token in stream(model, prompt, settings, key):
+    for token in speak(prompt, settings, key):
         tokens.append(token.id)
         logprobs.append(token.logprob)
         text += decoder.feed(token.id)

@@ -277,6 +277,10 @@ class Tokenizer:
             for id_ in self._checked(ids)
         ]
 
+    def bytes_of(self, id_: int) -> bytes | None:
+        """What a token adds to the text, nothing for control tokens; None if neighbours decide."""
+        return None if self._bytes is None else self._bytes[id_]
+
     def is_control(self, id_: int) -> bool:
         """True for tokens that stand for no text."""
         return id_ in self._special
