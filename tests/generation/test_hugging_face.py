@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from small_gemma import random_prompts, small_gemma
 
 from cabochon.core import Group, Key
-from cabochon.core.errors import ConfigError, DataError
+from cabochon.core.errors import ConfigError, DataError, MissingExtra
 from cabochon.generation import engine, hugging_face
 from cabochon.generation.engine import Settings, Unfinished
 from cabochon.generation.score import score
@@ -77,6 +78,25 @@ def test_some_of_a_list_are_written_alike_and_room_is_the_contexts(foreign: Fore
     same(hugging_face.generate(foreign, prompts[1:], how, Key(1), 2, indices=[1, 2]), together[1:])
 
 
+def test_every_prompt_may_have_settings_of_its_own(foreign: ForeignModel) -> None:
+    prompts = random_prompts(5, 5, 8)
+    each = [
+        replace(SETTINGS, temperature=0.0),
+        Settings(max_new_tokens=5, top_k=3),
+        replace(SETTINGS, temperature=2.0),
+    ]
+    found = hugging_face.generate(foreign, prompts, each, Key(1), 2)
+    same(found, engine.generate(small_gemma(), prompts, each, Key(1), 2))
+
+
+def test_without_transformers_the_extra_is_named(
+    foreign: ForeignModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtra, match=r"cabochon\[hf\]"):
+        hugging_face.generate(foreign, random_prompts(3), SETTINGS, Key(0))
+
+
 def test_recurrent_models_are_sampled_and_scored_too() -> None:
     """They cannot be padded or masked; nothing here is."""
     model = ForeignModel(mamba().eval())
@@ -109,6 +129,8 @@ def test_what_cannot_be_done_is_refused(foreign: ForeignModel) -> None:
         hugging_face.generate(foreign, random_prompts(2), SETTINGS, Key(0), 0)
     with pytest.raises(ConfigError, match="indices"):
         hugging_face.generate(foreign, random_prompts(2), SETTINGS, Key(0), indices=[1, 2])
+    with pytest.raises(ConfigError, match="got 1 settings for 2"):
+        hugging_face.generate(foreign, random_prompts(2, 3), [SETTINGS], Key(0))
     with torch.no_grad():
         foreign.inner.get_input_embeddings().weight[5] = torch.nan
     foreign.inner.lm_head.weight = torch.nn.Parameter(foreign.inner.lm_head.weight.nan_to_num())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from local_server import Handler, World, serving
 from small_gemma import random_prompts, small_gemma
 
 from cabochon.core import Group, Key
-from cabochon.core.errors import ConfigError, DataError, ServerError
+from cabochon.core.errors import ConfigError, DataError, MissingExtra, ServerError
 from cabochon.generation import remote
 from cabochon.generation.answers import read_group, read_scores, read_texts
 from cabochon.generation.engine import Settings
@@ -507,6 +508,26 @@ def test_a_prompt_sent_as_text_must_be_read_as_the_same_number_of_tokens(
 def test_an_address_may_end_as_those_of_other_clients_do(end: str) -> None:
     address = Transport(url=f"http://host:8000{end}").at("/v1/completions")
     assert address == "http://host:8000/v1/completions"
+
+
+def test_every_prompt_may_have_settings_of_its_own(world: World, endpoint: Endpoint) -> None:
+    each = [replace(SETTINGS, temperature=0.0), Settings(max_new_tokens=3, top_k=2)]
+    found = remote.generate(endpoint, random_prompts(4, 5), each, Key(1))
+    bodies = {len(body["prompt"]): body for path, body in world.calls if "seed" in body}
+    assert (bodies[4]["temperature"], bodies[4]["max_tokens"]) == (0.0, 6)
+    assert (bodies[5]["top_k"], bodies[5]["max_tokens"]) == (2, 3)
+    assert len(found[1].completions[0].tokens) == 3
+    with pytest.raises(ConfigError, match="got 2 settings for 1 prompts"):
+        remote.generate(endpoint, random_prompts(4), each, Key(1))
+
+
+@pytest.mark.parametrize("library", ["httpx2", "tenacity"])
+def test_without_its_libraries_the_extra_is_named(
+    endpoint: Endpoint, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtra, match=r"cabochon\[remote\]"):
+        draw(endpoint)
 
 
 def test_the_key_travels_and_is_never_shown(world: World) -> None:

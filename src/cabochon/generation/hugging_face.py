@@ -27,6 +27,7 @@ from torch import Tensor
 from cabochon.core import Group, Key, Sampler
 from cabochon.core.errors import ConfigError, MissingExtra, NonFinite
 from cabochon.generation.engine import Unfinished
+from cabochon.generation.limits import for_each
 from cabochon.generation.modes import evaluating
 from cabochon.generation.sample import broken_rows, draw
 from cabochon.generation.settings import Settings
@@ -48,7 +49,7 @@ def sampler(model: ForeignModel, settings: Settings, samples: int, *, rows: int 
 def generate(
     model: ForeignModel,
     prompts: Sequence[Tensor],
-    settings: Settings,
+    settings: Settings | Sequence[Settings],
     key: Key,
     samples: int = 1,
     *,
@@ -61,20 +62,17 @@ def generate(
     model's own products.
 
     Raises:
-        ConfigError: `samples` or `rows` below 1.
+        ConfigError: `samples` or `rows` below 1, or not as many settings or indices as prompts.
         DataError: an empty prompt, or one that leaves no room in the model's context.
         MissingExtra: transformers is not installed.
         Unfinished: (a `NonFinite`) as the engine.
     """
     if samples < 1 or rows < 1:
         raise ConfigError(f"samples and rows must be at least 1, got {samples} and {rows}")
-    if indices is None:
-        indices = range(len(prompts))
-    if len(indices) != len(prompts):
-        raise ConfigError(f"got {len(indices)} indices for {len(prompts)} prompts")
+    each = for_each(len(prompts), settings, indices)
     writings = [
-        [begin(prompt, settings, key, index, sample, model.context) for sample in range(samples)]
-        for prompt, index in zip(prompts, indices, strict=True)
+        [begin(prompt, how, key, index, sample, model.context) for sample in range(samples)]
+        for prompt, (index, how) in zip(prompts, each, strict=True)
     ]
     waiting = sorted((w for group in writings for w in group), key=_length)
     for _, alike in groupby(waiting, key=_length):
@@ -112,21 +110,19 @@ class _Draws:
                 f"the model's logits are NaN, +inf or all -inf for {writing.name}, token "
                 f"{len(writing.tokens)}; look for NaN in its weights, or decode in float32"
             )
-        rows = [row for row in rows if self.writings[row].failure is None]
         only = torch.full_like(scores, -torch.inf)
         only[:, 0] = 0.0  # whatever transformers takes for a row that is finished
-        if rows:
-            some = [self.writings[row] for row in rows]
-            drawn = draw(
-                scores[rows],
-                torch.tensor([w.uniforms[len(w.tokens)] for w in some], device=scores.device),
-                temperature=some[0].settings.temperature,
-                top_k=some[0].settings.top_k,
-                top_p=some[0].settings.top_p,
-            )
-            only[rows] = torch.full_like(scores[rows], -torch.inf).scatter_(
-                1, drawn.tokens.unsqueeze(1), 0.0
-            )
+        alike: dict[tuple[float, int, float], list[int]] = {}
+        for row in rows:
+            if self.writings[row].failure is None:
+                alike.setdefault(self.writings[row].settings.distribution, []).append(row)
+        for (temperature, top_k, top_p), chosen in alike.items():
+            some = [self.writings[row] for row in chosen]
+            numbers = torch.tensor([w.uniforms[len(w.tokens)] for w in some], device=scores.device)
+            logits = scores[chosen]
+            drawn = draw(logits, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
+            left = torch.full_like(logits, -torch.inf)
+            only[chosen] = left.scatter_(1, drawn.tokens.unsqueeze(1), 0.0)
             columns = (drawn.tokens.tolist(), drawn.logprob.tolist(), drawn.model_logprob.tolist())
             for writing, *values in zip(some, *columns, strict=True):
                 writing.write(*values)
@@ -147,7 +143,7 @@ def _write(model: ForeignModel, writings: Sequence[Writing]) -> None:
             inputs=prompts,
             attention_mask=torch.ones_like(prompts),
             generation_config=transformers.GenerationConfig(
-                do_sample=False, num_beams=1, max_new_tokens=writings[0].limit
+                do_sample=False, num_beams=1, max_new_tokens=max(w.limit for w in writings)
             ),
             logits_processor=transformers.LogitsProcessorList([draws]),
             stopping_criteria=transformers.StoppingCriteriaList([draws.stop]),

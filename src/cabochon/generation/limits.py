@@ -1,14 +1,31 @@
-"""Settings that a backend knows, and those that it would silently not follow."""
+"""What a backend is asked for: indices and settings for every prompt, and only what it follows."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import fields
 
 from cabochon.core.errors import ConfigError
 from cabochon.generation.settings import Settings
 
-__all__ = ["refuse_unknown"]
+__all__ = ["for_each", "refuse_unknown"]
+
+
+def for_each(
+    count: int, settings: Settings | Sequence[Settings], indices: Sequence[int] | None
+) -> list[tuple[int, Settings]]:
+    """The index in the key and the settings of each of `count` prompts.
+
+    Raises:
+        ConfigError: there are not as many.
+    """
+    indices = range(count) if indices is None else indices
+    if len(indices) != count:
+        raise ConfigError(f"got {len(indices)} indices for {count} prompts")
+    each = [settings] * count if isinstance(settings, Settings) else list(settings)
+    if len(each) != count:
+        raise ConfigError(f"got {len(each)} settings for {count} prompts")
+    return list(zip(indices, each, strict=True))
 
 
 def refuse_unknown(settings: Settings, backend: str, known: Set[str]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from cabochon.core import Group, Key, Sampler
 from cabochon.core.errors import ConfigError, DataError, ServerError
 from cabochon.generation.answers import Scored, Text, read_group, read_scores, read_texts
-from cabochon.generation.limits import refuse_unknown
+from cabochon.generation.limits import for_each, refuse_unknown
 from cabochon.generation.settings import Settings
 from cabochon.generation.transport import Request, Transport, ask
 from cabochon.generation.writing import begin
@@ -95,7 +95,7 @@ def sampler(endpoint: Endpoint, settings: Settings, samples: int) -> Sampler:
 def generate(
     endpoint: Endpoint,
     prompts: Sequence[Tensor],
-    settings: Settings,
+    settings: Settings | Sequence[Settings],
     key: Key,
     samples: int = 1,
     *,
@@ -109,7 +109,7 @@ def generate(
     Args:
         endpoint: a server that returns token ids and log-probabilities.
         prompts: T int64 each, of at least one token.
-        settings: the same for all.
+        settings: the same for all, or one for each prompt.
         key: the seed of a request depends on (key, prompt index) alone.
         samples: completions of each prompt.
         indices: the prompts' indices in the key; 0, 1, 2, ... when absent. Give those that an
@@ -129,7 +129,7 @@ def generate(
 def completed(
     endpoint: Endpoint,
     prompts: Sequence[Tensor],
-    settings: Settings,
+    settings: Settings | Sequence[Settings],
     key: Key,
     samples: int = 1,
     *,
@@ -139,25 +139,25 @@ def completed(
 
     Leaving the iterator early cancels what the server still has to do.
     """
-    _check_can_sample(endpoint, settings, samples)
-    indices = range(len(prompts)) if indices is None else indices
-    if len(indices) != len(prompts):
-        raise ConfigError(f"got {len(indices)} indices for {len(prompts)} prompts")
+    _check_samples(samples)
+    context = sys.maxsize if endpoint.context is None else endpoint.context
     requests = []
-    for prompt, index in zip(prompts, indices, strict=True):
-        context = sys.maxsize if endpoint.context is None else endpoint.context
-        room = begin(prompt, settings, key, index, 0, context).limit
-        how = replace(settings, max_new_tokens=room)
+    for prompt, (index, wanted) in zip(
+        prompts, for_each(len(prompts), settings, indices), strict=True
+    ):
+        _check_can_sample(endpoint, wanted)
+        room = begin(prompt, wanted, key, index, 0, context).limit
+        how = replace(wanted, max_new_tokens=room)
         sent = prompt.tolist() if endpoint.text_of is None else endpoint.text_of(prompt)
         requests.append(
             Request(
                 path=endpoint.path,
                 body=_body(endpoint, sent, how, key.fold(index), samples),
                 read=partial(read_group, prompt, how, samples, endpoint.text_of is not None),
-                then=None if _draws_from_the_model(settings) else partial(_scored_too, endpoint),
+                then=None if _draws_from_the_model(how) else partial(_scored_too, endpoint),
             )
         )
-    yield from ask(endpoint.transport, requests)
+    return ask(endpoint.transport, requests)
 
 
 def score(endpoint: Endpoint, groups: Sequence[Group], *, top_k: int = 0) -> list[list[Scored]]:
@@ -230,12 +230,11 @@ def _check_samples(samples: int) -> None:
         raise ConfigError(f"samples must be at least 1, got {samples}")
 
 
-def _check_can_sample(endpoint: Endpoint, settings: Settings, samples: int) -> None:
+def _check_can_sample(endpoint: Endpoint, settings: Settings) -> None:
     dialect = endpoint.dialect
     # What ends a completion is looked for in what a server returns, should it go on. What came
     # before has the same law, since no token depends on those after it.
     refuse_unknown(settings, dialect.name, dialect.known | {"stop_ids", "ends"})
-    _check_samples(samples)
     if dialect.logprobs == "none":
         raise ConfigError(
             f"{dialect.name} returns text, not tokens and log-probabilities; use `texts`, or a "
