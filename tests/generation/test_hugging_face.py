@@ -12,9 +12,9 @@ import torch
 from small_gemma import random_prompts, small_gemma
 
 from cabochon.core import Group, Key
-from cabochon.core.errors import ConfigError, DataError, MissingExtra
+from cabochon.core.errors import ConfigError, DataError, MissingExtra, NonFinite
 from cabochon.generation import engine, hugging_face
-from cabochon.generation.engine import Settings, Unfinished
+from cabochon.generation.engine import Settings
 from cabochon.generation.score import score
 from cabochon.models.foreign import ForeignModel, read_foreign
 from cabochon.models.gemma.convert import write_gemma
@@ -135,7 +135,7 @@ def test_what_cannot_be_done_is_refused(foreign: ForeignModel) -> None:
         foreign.inner.get_input_embeddings().weight[5] = torch.nan
     foreign.inner.lm_head.weight = torch.nn.Parameter(foreign.inner.lm_head.weight.nan_to_num())
     prompts = [torch.tensor([2, 3]), torch.tensor([2, 5])]
-    with pytest.raises(Unfinished, match="prompt 1, sample 0, token 0") as caught:
+    with pytest.raises(NonFinite, match="prompt 1, sample 0, token 0") as caught:
         hugging_face.generate(foreign, prompts, SETTINGS, Key(0))
-    assert len(caught.value.groups[0].completions[0].tokens) > 0
-    assert len(caught.value.groups[1].completions[0].tokens) == 0
+    assert len(caught.value.finished[0].completions[0].tokens) > 0
+    assert len(caught.value.finished[1].completions[0].tokens) == 0

@@ -18,6 +18,8 @@ know only Python's own errors catch them too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "CabochonError",
     "CheckpointError",
@@ -66,7 +68,13 @@ class RunChanged(CabochonError, RuntimeError):
 
 
 class NonFinite(CabochonError, ArithmeticError):
-    """A loss or a gradient is NaN or infinite."""
+    """A loss, a gradient or a logit is NaN or infinite.
+
+    Attributes:
+        finished: what was completed all the same; nothing of that is lost.
+    """
+
+    finished: Sequence[object] = ()
 
 
 class ServerError(CabochonError, OSError):

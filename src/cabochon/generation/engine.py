@@ -34,19 +34,9 @@ from cabochon.generation.modes import device_of, evaluating
 from cabochon.generation.sample import Draws, broken_rows, draw
 from cabochon.generation.settings import Settings
 from cabochon.generation.speculation import Proposals, accepted, propose
-from cabochon.generation.writing import Token, Writing, begin
+from cabochon.generation.writing import Token, Writing, begin, grouped
 
-__all__ = ["Engine", "Settings", "Token", "Unfinished", "Writing", "generate", "sampler", "stream"]
-
-
-class Unfinished(NonFinite):
-    """Logits from which nothing can be drawn broke some sequences; the others were finished.
-
-    Attributes:
-        groups: all that was written, the broken sequences' tokens so far included.
-    """
-
-    groups: list[Group]
+__all__ = ["Engine", "Settings", "Token", "Writing", "generate", "sampler", "stream"]
 
 
 @dataclass(eq=False)
@@ -368,48 +358,29 @@ def generate(
     Raises:
         ConfigError: `samples` or `rows` below 1, or not as many settings or indices as prompts.
         DataError: an empty prompt, or one that leaves no room in the model's context.
-        Unfinished: (a `NonFinite`) logits from which nothing can be drawn; names prompt, sample and
-            token, and holds what the others wrote.
+        NonFinite: logits from which nothing can be drawn; names prompt, sample and token. The other
+            sequences are written to their ends first: its `finished` has all groups.
     """
     if samples < 1 or rows < 1:
         raise ConfigError(f"samples and rows must be at least 1, got {samples} and {rows}")
-    if indices is None:
-        indices = range(len(prompts))
-    if len(indices) != len(prompts):
-        raise ConfigError(f"got {len(indices)} indices for {len(prompts)} prompts")
     each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
-    if len(each) != len(prompts):
-        raise ConfigError(f"got {len(each)} settings for {len(prompts)} prompts")
-    context = model.context if draft is None else min(model.context, draft.context)
+    names = range(len(prompts)) if indices is None else indices
+    if not len(names) == len(each) == len(prompts):
+        raise ConfigError(
+            f"got {len(each)} settings and {len(names)} indices for {len(prompts)} prompts"
+        )
     longest = max(
-        (min(p.numel() + s.max_new_tokens, context) for p, s in zip(prompts, each, strict=True)),
-        default=2,
+        (p.numel() + s.max_new_tokens for p, s in zip(prompts, each, strict=True)), default=2
     )
-    engine = Engine(
-        model,
-        slots=min(rows, max(1, len(prompts) * samples)),
-        capacity=max(longest, 2),
-        draft=draft,
-        ahead=ahead,
-    )
+    slots = min(rows, max(1, len(prompts) * samples))
+    engine = Engine(model, slots=slots, capacity=max(2, longest), draft=draft, ahead=ahead)
+    groups: dict[int, tuple[Writing, ...]] = {}
     # Prompts of like length are read side by side with the least padding; no result depends on it.
-    order = sorted(range(len(prompts)), key=lambda at: prompts[at].numel())
-    groups: dict[int, tuple[Writing, ...]] = {
-        at: engine.add(prompts[at], each[at], key, index=indices[at], samples=samples)
-        for at in order
-    }
+    for at in sorted(range(len(prompts)), key=lambda at: prompts[at].numel()):
+        groups[at] = engine.add(prompts[at], each[at], key, index=names[at], samples=samples)
     while not engine.idle:
         engine.step()
-    written = [
-        Group(prompt=prompt, completions=tuple(w.completion() for w in groups[at]))
-        for at, prompt in enumerate(prompts)
-    ]
-    failures = [str(w.failure) for at in sorted(groups) for w in groups[at] if w.failure]
-    if failures:
-        error = Unfinished("; ".join(failures))
-        error.groups = written
-        raise error
-    return written
+    return grouped(prompts, [groups[at] for at in range(len(prompts))])
 
 
 def stream(

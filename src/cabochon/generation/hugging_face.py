@@ -26,12 +26,11 @@ from torch import Tensor
 
 from cabochon.core import Group, Key, Sampler
 from cabochon.core.errors import ConfigError, MissingExtra, NonFinite
-from cabochon.generation.engine import Unfinished
 from cabochon.generation.limits import for_each
 from cabochon.generation.modes import evaluating
 from cabochon.generation.sample import broken_rows, draw
 from cabochon.generation.settings import Settings
-from cabochon.generation.writing import Writing, begin
+from cabochon.generation.writing import Writing, begin, grouped
 from cabochon.models.foreign import ForeignModel
 
 __all__ = ["generate", "sampler"]
@@ -65,7 +64,7 @@ def generate(
         ConfigError: `samples` or `rows` below 1, or not as many settings or indices as prompts.
         DataError: an empty prompt, or one that leaves no room in the model's context.
         MissingExtra: transformers is not installed.
-        Unfinished: (a `NonFinite`) as the engine.
+        NonFinite: as the engine.
     """
     if samples < 1 or rows < 1:
         raise ConfigError(f"samples and rows must be at least 1, got {samples} and {rows}")
@@ -79,16 +78,7 @@ def generate(
         equals = list(alike)
         for start in range(0, len(equals), rows):
             _write(model, equals[start : start + rows])
-    groups = [
-        Group(prompt=prompt, completions=tuple(w.completion() for w in group))
-        for prompt, group in zip(prompts, writings, strict=True)
-    ]
-    failures = [str(w.failure) for group in writings for w in group if w.failure]
-    if failures:
-        error = Unfinished("; ".join(failures))
-        error.groups = groups
-        raise error
-    return groups
+    return grouped(prompts, writings)
 
 
 def _length(writing: Writing) -> int:

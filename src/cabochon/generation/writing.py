@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cabochon.core import Completion, Key
+from cabochon.core import Completion, Group, Key
 from cabochon.core.errors import DataError, NonFinite
 from cabochon.generation.settings import Settings
 
-__all__ = ["Token", "Writing", "begin"]
+__all__ = ["Token", "Writing", "begin", "grouped"]
 
 Uniforms = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -140,3 +141,21 @@ def begin(
         name=f"prompt {index}, sample {sample}",
         limit=min(room, settings.max_new_tokens),
     )
+
+
+def grouped(prompts: Sequence[Tensor], written: Sequence[Sequence[Writing]]) -> list[Group]:
+    """What was written for each prompt.
+
+    Raises:
+        NonFinite: some sequences were broken; all groups are its `finished`.
+    """
+    groups = [
+        Group(prompt=prompt, completions=tuple(writing.completion() for writing in writings))
+        for prompt, writings in zip(prompts, written, strict=True)
+    ]
+    failures = [str(w.failure) for writings in written for w in writings if w.failure]
+    if failures:
+        error = NonFinite("; ".join(failures))
+        error.finished = groups
+        raise error
+    return groups
