@@ -105,6 +105,14 @@ def test_a_failure_that_stays_names_address_status_and_body(
     assert world.faults == []
 
 
+def test_every_attempt_that_is_repeated_can_be_heard_of(world: World, endpoint: Endpoint) -> None:
+    world.faults = [refuse(503)] * 2
+    heard: list[str] = []
+    draw(replace(endpoint, transport=replace(endpoint.transport, notice=heard.append)))
+    assert [line.split(",")[0] for line in heard] == [f"attempt {n} of 3 failed" for n in (1, 2)]
+    assert all("503" in line for line in heard)
+
+
 def test_a_refusal_is_not_asked_again(world: World, endpoint: Endpoint) -> None:
     with pytest.raises(
         ServerError, match=r"400 Bad Request.*maximum context length is 64"

@@ -92,10 +92,12 @@ def served(path: str, url: str) -> tuple[Writer, Tokenizer]:
     from functools import partial
 
     from cabochon.cli.machine import tokenizer_of
+    from cabochon.cli.output import say
     from cabochon.generation.remote import generate
     from cabochon.generation.transport import Transport
     from cabochon.generation.vllm import connect
 
     tokenizer = tokenizer_of(path)
-    endpoint = connect(Transport(url=url, api_key=os.environ.get("VLLM_API_KEY", "")))
+    key = os.environ.get("VLLM_API_KEY", "")
+    endpoint = connect(Transport(url=url, api_key=key, notice=say))
     return partial(generate, endpoint), tokenizer

@@ -48,6 +48,8 @@ class Transport:
     """Between two attempts; a server that asks for more (Retry-After) has failed."""
     concurrency: int = 32
     """Requests in flight at a time."""
+    notice: Callable[[str], None] | None = field(default=None, repr=False)
+    """Told of every attempt that failed and will be repeated; from another thread."""
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -168,15 +170,25 @@ async def _persist(
 ) -> A:
     """The answer, after as many attempts as are allowed."""
     attempts = transport.attempts if request.repeat else 1
-    backoff = tenacity.wait_random_exponential(multiplier=0.5, max=transport.longest_wait_s)
+    backoff = tenacity.wait_exponential_jitter(
+        initial=0.5, max=transport.longest_wait_s, jitter=0.5
+    )
 
     def wait(state: Any) -> float:
         return float(max(backoff(state), state.outcome.exception().wait_s))
+
+    def tell(state: Any) -> None:
+        if transport.notice is not None:
+            transport.notice(
+                f"attempt {state.attempt_number} of {attempts} failed, the next in "
+                f"{state.next_action.sleep:.1f} s: {state.outcome.exception()}"
+            )
 
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(attempts),
         wait=wait,
         retry=tenacity.retry_if_exception_type(Unsettled),
+        before_sleep=tell,
         reraise=True,
     )
     try:
