@@ -169,7 +169,7 @@ def main() -> None:
         benchmark="merge",
         ratio=min(result["ratio"] for result in results.values()),
         memory_ratio=min(result["memory_ratio"] for result in results.values()),
-        what="two folders of 0.5 GB: their average, and slerp of their task vectors; whole commands",
+        what="two folders of 0.5 GB: average, and slerp of their task vectors; whole commands",
         peer="mergekit-yaml, linear and nuslerp with a base",
         seconds_before_beginning=starts,
         **results,

@@ -173,7 +173,7 @@ def slerp_coefficients(
 
     Source: Rame et al. 2024 (WARP), arXiv:2406.16768, section 3.2; the symmetric mean is ours.
     """
-    if vectors.elements == 1:
+    if vectors.elements == 1 or 1.0 in weights:
         return list(weights)
     if mean == "symmetric":
         centre: list[float] = _symmetric(vectors, np.asarray(weights), group).tolist()

@@ -127,7 +127,10 @@ class Threads:
         return self._readers.submit(self._digest, path)
 
     def _unless_stopped(self, work: Callable[[int, int], Any], first: int, last: int) -> Any:
-        return None if self._stop.is_set() else work(first, last)
+        if self._stop.is_set():
+            return None
+        with np.errstate(all="ignore"):  # NaN and infinities are looked for in the results
+            return work(first, last)
 
     def _digest(self, path: Path) -> str:
         digest = hashlib.sha256()
@@ -332,14 +335,20 @@ def _bytes(file: int, stored: Stored, first: int, into: Array) -> Array:
 
 
 def _rounded(total: Array, kind: str, raw: Array, wide: Array, carry: Array) -> memoryview:
-    """The bytes of float64 numbers in another type, rounded to nearest, ties to even."""
+    """The bytes of float64 numbers in another type, rounded to nearest, ties to even.
+
+    Types shorter than float32 are rounded by way of it, as torch does.
+    """
     count = len(total)
     result = raw.view(_STORAGE[kind])[:count]
-    if kind != "BF16":
+    bits, odd = wide[:count], carry[:count]
+    if FLOATS[kind] > 2:
         np.copyto(result, total, casting="unsafe")
         return result.view(np.uint8).data
-    bits, odd = wide[:count], carry[:count]
     np.copyto(bits.view(np.float32), total, casting="unsafe")
+    if kind == "F16":
+        np.copyto(result, bits.view(np.float32), casting="unsafe")
+        return result.view(np.uint8).data
     np.right_shift(bits, 16, out=odd)
     np.bitwise_and(odd, 1, out=odd)
     np.add(odd, 0x7FFF, out=odd)
