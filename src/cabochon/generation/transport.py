@@ -170,12 +170,11 @@ async def _persist(
 ) -> A:
     """The answer, after as many attempts as are allowed."""
     attempts = transport.attempts if request.repeat else 1
-    backoff = tenacity.wait_exponential_jitter(
-        initial=0.5, max=transport.longest_wait_s, jitter=0.5
-    )
+    backoff = tenacity.wait_exponential(multiplier=0.5, max=transport.longest_wait_s)
+    spread = tenacity.wait_random(0.5, 1.0)  # of the wait, so that many do not come back as one
 
     def wait(state: Any) -> float:
-        return float(max(backoff(state), state.outcome.exception().wait_s))
+        return float(max(backoff(state) * spread(state), state.outcome.exception().wait_s))
 
     def tell(state: Any) -> None:
         if transport.notice is not None:
