@@ -342,6 +342,7 @@ class GemmaCache:
         lines = buffer.view(-1, width)
         few, group = bias.shape[2], config.heads // config.kv_heads
         bend, _, unit = curve(config.scale, config.attention_cap)
+        score_shape = (rows, -1, few, slots)
 
         def attend(queries: Tensor, new: Tensor) -> Tensor:
             lines.index_copy_(0, index, new.reshape(-1, width))
@@ -350,7 +351,7 @@ class GemmaCache:
             else:
                 by_head = queries.view(rows, few, -1, group, width).permute(0, 2, 3, 1, 4)
                 scores = torch.bmm(by_head.reshape(used, -1, width), keys)
-            scores = bend(scores.float().view(rows, -1, few, slots))
+            scores = bend(scores.float().view(score_shape))
             probs = torch.add(bias, scores, alpha=unit).softmax(-1).to(new.dtype)
             mixed = torch.bmm(probs.view(used, -1, slots), values)
             if few > 1:

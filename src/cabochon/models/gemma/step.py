@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from operator import is_
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +82,12 @@ class Step:
         self._config = config
         self._weights = _weights(kept, embedding, final_norm)
         self._version = _version(self._weights)
-        self._layers = [_Layer.of(block, product, rows) for block in kept]
+        # |x|^2 + this is D (mean(x^2) + eps): the root is one call, where the mean is many.
+        least = torch.full((), math.sqrt(config.width * config.norm_eps), device=embedding.device)
+        self._unit = partial(_unit, least)
+        self._layers = [_Layer.of(block, product, rows, self._unit) for block in kept]
         self._final = _scale(final_norm)
         self._head = product(embedding, rows)
-        # |x|^2 + this is D (mean(x^2) + eps): the root is one call, where the mean is many.
-        self._least = torch.full(
-            (), math.sqrt(config.width * config.norm_eps), device=embedding.device
-        )
 
     def is_of(self, blocks: Iterable[nn.Module], embedding: Tensor, final_norm: Tensor) -> bool:
         """Whether these are the weights it was made of, unchanged since.
@@ -116,49 +118,77 @@ class Step:
         heads, shape = config.heads, (len(x), config.heads + 2 * config.kv_heads, config.head_width)
         same, across = _turns(cos.flatten(0, 1), sin.flatten(0, 1), config)
         for layer, attend in zip(self._layers, attends, strict=True):
-            qkv = layer.qkv(self._norm(x, layer.attention_norm)).view(shape)
+            qkv = layer.qkv(x).view(shape)
             turned = torch.addcmul(qkv * same, qkv.roll(config.head_width // 2, -1), across)
             mixed = layer.attention_out(attend(turned[:, :heads], turned[:, heads:]))
-            x = x + self._norm(mixed, layer.attention_post_norm)
-            change = layer.ffn_out(layer.gated(self._norm(x, layer.ffn_norm)))
-            x = x + self._norm(change, layer.ffn_post_norm)
-        hidden = self._norm(x, self._final).unflatten(0, batch)
+            x = self._added(x, mixed, layer.attention_post_norm)
+            x = self._added(x, layer.ffn_out(layer.gated(x)), layer.ffn_post_norm)
+        hidden = self._unit(x).mul_(self._final).to(x.dtype).unflatten(0, batch)
         return PackedPrediction(hidden=hidden, head=self._head, cap=config.final_cap)
 
-    def _norm(self, x: Tensor, scale: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, change: Tensor, scale: Tensor | None) -> Tensor:
         if scale is None:
-            return x
-        length: Tensor = vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / length.hypot(self._least)).mul_(scale).to(x.dtype)
+            return x + change
+        if x.dtype == torch.float32:
+            return torch.addcmul(x, self._unit(change), scale)
+        return x + self._unit(change).mul_(scale).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """One block: norms as root(D) (1 + w) in float32 (None: no such norm), matrices as products."""
+    """One block: matrices as products with what precedes them, norms after them as scales."""
 
-    attention_norm: Tensor | None
     qkv: Product
+    """x -> the first norm, then the projections."""
     attention_out: Product
     attention_post_norm: Tensor | None
-    ffn_norm: Tensor | None
     gated: Product
-    """x -> gelu(gate) * up."""
+    """x -> the second norm, then gelu(gate) * up."""
     ffn_out: Product
     ffn_post_norm: Tensor | None
 
     @staticmethod
-    def of(block: nn.Module, product: Layout, rows: int) -> _Layer:
+    def of(block: nn.Module, layout: Layout, rows: int, unit: Callable[[Tensor], Tensor]) -> _Layer:
         weights = dict(block.named_parameters())
+        # Where a copy is made anyway. (Eight bits are best spent on the weights as they are: scales
+        # would widen their rows.)
+        first = weights["qkv"]
+        fold = layout is packed and _reorders(first) and first.dtype == torch.float32
+
+        def normed(norm: str, weight: str, product: Callable[[Tensor], Product]) -> Product:
+            return _normed(weights[weight], weights[norm], product, unit, fold=fold)
+
         return _Layer(
-            attention_norm=_scale(weights["attention_norm"]),
-            qkv=product(weights["qkv"], rows),
-            attention_out=product(weights["attention_out"], rows),
+            qkv=normed("attention_norm", "qkv", lambda weight: layout(weight, rows)),
+            attention_out=layout(weights["attention_out"], rows),
             attention_post_norm=_scale(weights.get("attention_post_norm")),
-            ffn_norm=_scale(weights["ffn_norm"]),
-            gated=_gated(weights["gate_up"], product, rows),
-            ffn_out=product(weights["ffn_out"], rows),
+            gated=normed("ffn_norm", "gate_up", lambda weight: _gated(weight, rows, layout)),
+            ffn_out=layout(weights["ffn_out"], rows),
             ffn_post_norm=_scale(weights.get("ffn_post_norm")),
         )
+
+
+def _unit(least: Tensor, x: Tensor) -> Tensor:
+    """n D float32: x / |x|, `least` (a length) inside the root; fresh memory."""
+    length: Tensor = vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x / length.hypot(least)
+
+
+def _normed(
+    weight: Tensor,
+    norm: Tensor,
+    product: Callable[[Tensor], Product],
+    unit: Callable[[Tensor], Tensor],
+    *,
+    fold: bool,
+) -> Product:
+    """x -> RMSNorm(x) @ weight.T, the norm's scale inside the weight where it may be."""
+    scale = _scale(norm)
+    if fold:
+        folded = product(weight.detach() * scale)
+        return lambda x: folded(unit(x))
+    multiply = product(weight)
+    return lambda x: multiply(unit(x).mul_(scale).to(x.dtype))
 
 
 def curve(scale: float, cap: float | None) -> tuple[Callable[[Tensor], Tensor], float, float]:
@@ -197,6 +227,10 @@ def packed(weight: Tensor, rows: int) -> Product:
     """The product with `weight` (O I), reordered for about `rows` rows where that can be done."""
     if not _reorders(weight):
         return _plain(weight, rows)
+    if rows == 1 and weight.dtype == torch.float32 and _is_intel():
+        # For one row MKL on Intel's own processors reads a transposed weight faster still.
+        transposed = weight.detach().t().contiguous()
+        return lambda x: torch.mm(x, transposed)
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -233,7 +267,7 @@ def int8(weight: Tensor, rows: int) -> Product:  # noqa: ARG001
     return apply
 
 
-def _gated(weight: Tensor, layout: Layout, rows: int) -> Product:
+def _gated(weight: Tensor, rows: int, layout: Layout) -> Product:
     """x -> gelu(gate) * up, with `weight` (2F D) holding the gate's rows, then those of up."""
     if layout is packed and rows >= GATED_ROWS and _reorders(weight):
         gate, up = (
@@ -266,6 +300,14 @@ def _reorders(weight: Tensor) -> bool:
     )
 
 
+@cache
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _plain(weight: Tensor, rows: int) -> Product:  # noqa: ARG001
     detached = weight.detach()
     return lambda x: linear(x, detached)
@@ -282,6 +324,6 @@ def _version(weights: Iterable[Tensor]) -> int:
     return sum(0 if weight.is_inference() else weight._version for weight in weights)
 
 
-def _scale(norm: Tensor | None) -> Tensor | None:
+def _scale(norm: Tensor | None) -> Any:
     """root(D) (1 + w) in float32: what x / |x| is multiplied by."""
     return None if norm is None else (1.0 + norm.detach().float()) * math.sqrt(len(norm))
