@@ -7,7 +7,7 @@ folders are read. Whole commands are timed, from start to end, in turn; memory i
 resident memory of the command (this script's workers import nothing large: a child starts with its
 parent's memory). The peer is spared its model card and its copy of a tokenizer.
 
-Ours also hashes inputs and output, flushes the output to the disk, and reads it again.
+Ours also hashes inputs and output, reads the output again, and flushes it to the disk.
 
 Both results are compared with one computed here in float64: `deviation` is the largest difference
 from it, `not_nearest` the share of the numbers that are not its rounding to the type.

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMPLETE = ("docs/models.md", "docs/text.md", "docs/guidance.md")
+COMPLETE = ("docs/models.md", "docs/text.md", "docs/guidance.md", "docs/weights.md")
 """Pages whose first example stands on its own."""
 
 

@@ -85,10 +85,11 @@ def test_for_two_models_the_symmetric_mean_is_the_arc(t: float, seed: int, scale
 def test_orthogonal_models_keep_length_1_and_the_recursion_favours_the_first() -> None:
     rows = np.eye(5).tolist()
     recursion = slerp_coefficients(vectors(*rows), [0.2] * 5, "recursion", "g")
-    assert recursion == pytest.approx([0.53, 0.55, 0.45, 0.34, 0.34], abs=0.06)
+    # by hand: the m-th enters at sin(90 degrees / m), each later one turns away by its own angle
+    turns = [math.pi / 2 / m for m in range(1, 6)]
+    by_hand = [math.sin(turns[m]) * math.prod(map(math.cos, turns[m + 1 :])) for m in range(5)]
+    assert recursion == pytest.approx(by_hand)
     assert np.linalg.norm(recursion) == pytest.approx(1)
-    # the last by hand: sin(90 / 5 degrees), for it is orthogonal to all that came before
-    assert recursion[-1] == pytest.approx(math.sin(math.pi / 10))
     symmetric = slerp_coefficients(vectors(*rows), [0.2] * 5, "symmetric", "g")
     assert symmetric == pytest.approx([1 / math.sqrt(5)] * 5)
 

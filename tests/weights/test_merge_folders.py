@@ -215,11 +215,11 @@ def test_the_record_says_what_was_done_and_the_hashes_are_right(
     assert "sin((1 - t) Om)" in record["formula"]
     assert [source["role"] for source in record["sources"]] == ["model", "model", "base"]
     for place, hashes in [
-        *((Path(each["folder"]), each["sha256"]) for each in record["sources"]),
-        (out, record["sha256"]),
+        *((Path(each["folder"]), each["blake2b"]) for each in record["sources"]),
+        (out, record["blake2b"]),
     ]:
         files = {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
-        assert hashes == {name: hashlib.sha256(b).hexdigest() for name, b in files.items()}
+        assert hashes == {name: hashlib.blake2b(b).hexdigest() for name, b in files.items()}
     block = record["angles"]["model.layers.1"]
     assert len(block["coefficients"]) == 2
     assert block["cosines"][0][1] == pytest.approx(

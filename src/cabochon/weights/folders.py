@@ -24,6 +24,7 @@ from cabochon.weights.stream import (
     FLOATS,
     Piece,
     Threads,
+    elements,
     equal,
     inner_products,
     shards_of,
@@ -60,8 +61,8 @@ def merge(
 ) -> dict[str, Any]:
     """Write the merge of model folders into a new folder; it is there whole or not at all.
 
-    The files beside the weights are the first model's. The weights are read again from the disk
-    and compared with what was written; `merge.json` records formula, sources, and hashes.
+    The files beside the weights are the first model's. The files are read again and
+    compared with what was computed; `merge.json` records formula, sources, and hashes.
 
     Args:
         formula: what is computed.
@@ -88,17 +89,10 @@ def merge(
     remarks = _compare(sources, tensors, dtype)
     with threads(workers) as held:
         _check_integers(sources, tensors, held)
-        hashes = {path: held.sha256(path) for path in _weight_paths(tensors)}
-        copies = _copies(tensors, held)
+        hashes = {path: held.hashed(path) for path in _weight_paths(tensors)}
+        copies = {} if formula.per is None else _copies(tensors, held)
         coefficients, angles = _coefficients(formula, tensors, copies, len(models), held)
-        pieces = [
-            Piece(
-                name=name,
-                type=_TYPES.get(dtype, stored.type) if stored.type in FLOATS else stored.type,
-                terms=_terms(name, tensors, coefficients[name]),
-            )
-            for name, stored in tensors[0].items()
-        ]
+        shards = shards_of(_pieces(tensors, coefficients, dtype), shard_bytes)
         record = {
             "cabochon": version("cabochon"),
             "method": formula.method,
@@ -109,7 +103,7 @@ def merge(
             "stored_twice": copies,
             "remarks": remarks,
         }
-        return _write(record, sources, base, out, shards_of(pieces, shard_bytes), hashes, held)
+        return _write(record, sources, base, out, shards, hashes, held)
 
 
 def task_vectors(
@@ -211,7 +205,7 @@ def _products(
         for name in names
     }
     return {
-        name: TaskVectors(products=result(), elements=_elements(base[name]))
+        name: TaskVectors(products=result(), elements=elements(base[name]))
         for name, result in asked.items()
     }
 
@@ -249,6 +243,21 @@ def _coefficients(
     return result, angles
 
 
+def _pieces(
+    tensors: Sequence[Mapping[str, Stored]],
+    coefficients: Mapping[str, Sequence[float]],
+    dtype: Dtype,
+) -> list[Piece]:
+    return [
+        Piece(
+            name=name,
+            type=_TYPES.get(dtype, stored.type) if stored.type in FLOATS else stored.type,
+            terms=_terms(name, tensors, coefficients[name]),
+        )
+        for name, stored in tensors[0].items()
+    ]
+
+
 def _terms(
     name: str, tensors: Sequence[Mapping[str, Stored]], shares: Sequence[float]
 ) -> tuple[tuple[Stored, float], ...]:
@@ -283,11 +292,13 @@ def _write(
                 {
                     "folder": str(folder),
                     "role": "base" if folder is base else "model",
-                    "sha256": {p.name: h.result() for p, h in hashes.items() if p.parent == folder},
+                    "blake2b": {
+                        p.name: h.result() for p, h in hashes.items() if p.parent == folder
+                    },
                 }
                 for folder in sources
             ]
-            record["sha256"] = written
+            record["blake2b"] = written
             write_json(place / RECORD, record)
     except OSError as error:
         if isinstance(error, FolderError):
@@ -349,10 +360,3 @@ def _check_written(place: Path, shards: Mapping[str, Sequence[Piece]]) -> None:
     }
     if found != meant:
         raise FolderError(f"{place.name}, read again, holds other tensors than were written")
-
-
-def _elements(stored: Stored) -> int:
-    count = 1
-    for size in stored.shape:
-        count *= size
-    return count

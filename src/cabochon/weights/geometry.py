@@ -154,7 +154,7 @@ def slerp_coefficients(
 
     - recursion: slerp(slerp(first m - 1), the m-th, t = w_m / (w_1 + ... + w_m)), which for equal
       weights is WARP's 1 / m. The order of the models matters: five orthogonal ones of equal
-      weight get (.53, .55, .45, .34, .34).
+      weight get (.54, .54, .44, .36, .31).
     - symmetric: the weighted Frechet mean of the directions on the sphere, the one from which the
       arcs to all models, times their weights, cancel. Order does not matter, and two models give
       the same as by recursion.

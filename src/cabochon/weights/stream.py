@@ -30,6 +30,7 @@ __all__ = [
     "FLOATS",
     "Piece",
     "Threads",
+    "elements",
     "equal",
     "inner_products",
     "shards_of",
@@ -122,9 +123,13 @@ class Threads:
             for first in range(0, count, SPAN)
         ]
 
-    def sha256(self, path: Path) -> Future[str]:
-        """The SHA-256 of a file, taken beside the other work."""
+    def hashed(self, path: Path) -> Future[str]:
+        """The hash of a file (BLAKE2b, what b2sum prints), taken beside the other work."""
         return self._readers.submit(self._digest, path)
+
+    def flushed(self, file: int) -> Future[None]:
+        """Done when a file's bytes are on the disk; beside the other work."""
+        return self._readers.submit(os.fsync, file)
 
     def _unless_stopped(self, work: Callable[[int, int], Any], first: int, last: int) -> Any:
         if self._stop.is_set():
@@ -133,7 +138,7 @@ class Threads:
             return work(first, last)
 
     def _digest(self, path: Path) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.blake2b()
         with path.open("rb", buffering=0) as file:
             block = bytearray(READ)
             while not self._stop.is_set() and (size := file.readinto(block)):
@@ -238,7 +243,7 @@ def write_tensors(
     """Write the files, flush them, read them again, and compare.
 
     Returns:
-        The SHA-256 of each file, of the bytes that were read again.
+        The hash of each file (BLAKE2b), of the bytes that were read again.
 
     Raises:
         OSError: a file cannot be written.
@@ -276,8 +281,10 @@ def _write_file(path: Path, pieces: Sequence[Piece], held: Threads) -> str:
         written += held.spans(partial(work, piece, held, target, at), count)
         at += piece.nbytes
     sums = [(len(head), zlib.crc32(head)), *(span.result() for span in written)]
-    os.fsync(target)
-    return _read_again(target, path, sums)
+    flushed = held.flushed(target)  # the disk works while the file is read again
+    digest = _read_again(target, path, sums)
+    flushed.result()
+    return digest
 
 
 def _adder(
@@ -388,10 +395,8 @@ def _write_all(file: int, data: bytes | memoryview, at: int) -> None:
 
 
 def _read_again(file: int, path: Path, sums: Sequence[tuple[int, int]]) -> str:
-    """The SHA-256 of a file whose parts have these lengths and CRC-32s."""
-    if hasattr(os, "posix_fadvise"):  # from the disk, not from memory
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    digest, at, room = hashlib.sha256(), 0, bytearray(READ)
+    """The hash of a file whose parts have these lengths and CRC-32s."""
+    digest, at, room = hashlib.blake2b(), 0, bytearray(READ)
     for size, expected in sums:
         found, end = 0, at + size
         while at < end:
