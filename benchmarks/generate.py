@@ -10,8 +10,14 @@ ragged   a queue of 3 x batch prompts of 16 to 112 tokens, whose completions end
          number of tokens (mean 48, at most 192), the same on both sides: the peer is told by a
          stopping criterion of its own, and takes the queue a batch at a time, padded on the left;
          ours has as many slots as the peer's batch has rows.
+long     batch 8, prompts of 1,024 tokens, 64 new tokens each: what a longer past costs.
 
-Run: python benchmarks/generate.py [rounds] [setting ...]      (all: about 15 minutes on two cores)
+Beside ours stands its floor: the rate at which the matrix products of the decoding steps alone
+would go, with the weights laid out as the engine has them. `int8` is bfloat16 with the decoding
+weights in 8 bits; `divergence` is what that costs, in nats a token: the mean over its own samples
+of log p(8 bits) - log p(as stored), an estimate of the Kullback-Leibler divergence.
+
+Run: python benchmarks/generate.py [rounds] [setting ...]      (all: about 20 minutes on two cores)
      a setting is dtype/kind/batch: float32/ragged/32
 """
 
@@ -27,13 +33,16 @@ import torch
 
 from cabochon.core import Key
 from cabochon.generation.engine import Settings, generate
+from cabochon.generation.score import score
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.convert import read_gemma, write_gemma
 from cabochon.models.gemma.decoder import Gemma
+from cabochon.models.gemma.step import int8, packed
 from side_by_side import compare, report, seconds_each, worker_arguments
 
 PROMPT, NEW = 64, 128
 RAGGED_PROMPTS, MEAN_STOP, LAST_STOP = (16, 112), 48, 192
+LONG_PROMPT, LONG_NEW = 1024, 64
 FOLDER = "CABOCHON_BENCHMARK_FOLDER"
 CONFIG = GemmaConfig(
     vocab_size=8192,
@@ -48,7 +57,7 @@ CONFIG = GemmaConfig(
     attention_cap=50.0,
     final_cap=30.0,
     post_norms=True,
-    context=RAGGED_PROMPTS[1] + LAST_STOP,
+    context=LONG_PROMPT + LONG_NEW,
 )
 SETTINGS = (
     "float32/equal/1",
@@ -56,18 +65,22 @@ SETTINGS = (
     "float32/ragged/8",
     "float32/ragged/32",
     "float32/ragged/128",
+    "float32/long/8",
     "bfloat16/equal/1",
     "bfloat16/equal/8",
     "bfloat16/ragged/32",
+    "int8/equal/1",
+    "int8/equal/8",
 )
 
 
 def work_list(kind: str, batch: int) -> tuple[list[torch.Tensor], list[int]]:
     """Prompts, and how many tokens each is answered with; the same on both sides."""
     generator = Key(1).fold(kind, batch).generator()
-    if kind == "equal":
-        rows = torch.randint(3, CONFIG.vocab_size, (batch, PROMPT), generator=generator)
-        return list(rows), [NEW] * batch
+    if kind != "ragged":
+        length, new = (PROMPT, NEW) if kind == "equal" else (LONG_PROMPT, LONG_NEW)
+        rows = torch.randint(3, CONFIG.vocab_size, (batch, length), generator=generator)
+        return list(rows), [new] * batch
     count = 3 * batch
     low, high = RAGGED_PROMPTS
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
@@ -76,9 +89,40 @@ def work_list(kind: str, batch: int) -> tuple[list[torch.Tensor], list[int]]:
     return prompts, stops.clamp_(max=LAST_STOP).long().tolist()
 
 
-def ours(folder: Path, dtype: torch.dtype, kind: str, batch: int) -> list[Callable[[], int]]:
+def loaded(folder: Path, dtype: str) -> Gemma:
+    """Our model; in 8 bits the rest is bfloat16, as the peer is."""
+    if dtype == "int8":
+        return read_gemma(folder, torch.bfloat16).with_int8_decoding()
+    return read_gemma(folder, getattr(torch, dtype))
+
+
+def floor(folder: Path, dtype: str, batch: int) -> float:
+    """New tokens a second, if a step were its matrix products alone."""
+    model, layout = loaded(folder, dtype), int8 if dtype == "int8" else packed
+    with torch.inference_mode():
+        weights = [weight for weight in model.parameters() if weight.ndim == 2]
+        products = [(layout(w, batch), w.new_ones(batch, w.shape[1])) for w in weights]
+
+        def step() -> None:
+            for product, x in products:
+                product(x)
+
+        return batch / min(seconds_each(step, warm_up=3, times=30))
+
+
+def divergence(folder: Path) -> float:
+    """Nats a token that 8 bits cost; see above."""
+    rounded, exact = loaded(folder, "int8"), loaded(folder, "bfloat16")
+    prompts, _ = work_list("equal", 8)
+    groups = generate(rounded, prompts, Settings(max_new_tokens=NEW), Key(3))
+    written = [c.model_logprob for group in groups for c in group.completions]
+    scored = [logprob for group in score(exact, groups) for logprob in group]
+    return float((torch.cat(written) - torch.cat(scored)).mean())
+
+
+def ours(folder: Path, dtype: str, kind: str, batch: int) -> list[Callable[[], int]]:
     """One call of ours, as how many tokens it wrote."""
-    model = read_gemma(folder, dtype)
+    model = loaded(folder, dtype)
     prompts, stops = work_list(kind, batch)
     settings = [Settings(max_new_tokens=stop) for stop in stops]
 
@@ -89,11 +133,15 @@ def ours(folder: Path, dtype: torch.dtype, kind: str, batch: int) -> list[Callab
     return [write]
 
 
-def peer(folder: Path, dtype: torch.dtype, kind: str, batch: int) -> list[Callable[[], int]]:
+def peer(folder: Path, dtype: str, kind: str, batch: int) -> list[Callable[[], int]]:
     """The same through transformers, once for each kind of cache."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+        attn_implementation="eager",
+    )
     prompts, stops = work_list(kind, batch)
 
     def writer(cache: str) -> Callable[[], int]:
@@ -141,12 +189,17 @@ def work(side: str, setting: str) -> None:
     dtype, kind, batch = setting.split("/")
     folder = Path(os.environ[FOLDER])
     expected = sum(work_list(kind, int(batch))[1])
-    writers = {"ours": ours, "peer": peer}[side](folder, getattr(torch, dtype), kind, int(batch))
+    writers = {"ours": ours, "peer": peer}[side](folder, dtype, kind, int(batch))
     seconds = []
     for write in writers:
         assert write() == expected
         seconds.append(min(seconds_each(write, warm_up=0, times=3 if kind == "equal" else 2)))
-    report(seconds=min(seconds), tokens_per_second=expected / min(seconds))
+    figures = {"seconds": min(seconds), "tokens_per_second": expected / min(seconds)}
+    if side == "ours":
+        figures["floor"] = floor(folder, dtype, int(batch))
+        if dtype == "int8":
+            figures["divergence"] = divergence(folder)
+    report(**figures)
 
 
 def main() -> None:
@@ -161,7 +214,8 @@ def main() -> None:
             speeds = [result[side]["tokens_per_second"] for side in ("peer", "ours")]
             print(
                 f"{setting:20} peer {speeds[0]:6.0f}  ours {speeds[1]:6.0f} new tokens/s  "
-                f"ratio {result['ratio']} {result['ratios']}",
+                f"floor {result['ours']['floor']:6.0f}  ratio {result['ratio']} "
+                f"{result['ratios']}",
                 flush=True,
             )
     named = {

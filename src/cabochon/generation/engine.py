@@ -284,9 +284,10 @@ class Engine:
         logits = logits.unflatten(0, proposals.batch.shape)
         self._judge(proposals, logits)
         # All but the newest token; what failed got none, and leaves.
-        lengths = [w.position + (w.failure is not None) for w in self._active]
-        for each in (cache, draft_cache):
-            each.rewind(lengths)
+        cache.rewind([w.position + (w.failure is not None) for w in self._active])
+        for writing in self._active:
+            writing.drafted = min(writing.drafted, writing.position + (writing.failure is not None))
+        draft_cache.rewind([writing.drafted for writing in self._active])
 
     def _judge(self, proposals: Proposals, logits: Tensor) -> None:
         held = proposals.batch.documents >= 0

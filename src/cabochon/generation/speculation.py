@@ -45,29 +45,28 @@ class Proposals:
 
 
 def propose(draft: Backbone, cache: Cache, writings: Sequence[Writing], ahead: int) -> Proposals:
-    """Up to `ahead` tokens after each sequence's newest one, which `cache` then holds.
+    """Up to `ahead` tokens after each sequence's newest one.
 
     Args:
         draft: the small model.
-        cache: its own, with a row for each sequence; the newest token is not in it yet.
+        cache: its own, with a row for each sequence, which holds `drafted` tokens of it: all but
+            the newest one or two. It then holds all but the last proposal.
         writings: n of them.
         ahead: K, at least 1; fewer are proposed where a sequence may get no more.
     """
     # A sequence gets at most one token more than was proposed for it.
-    room = [min(ahead, writing.limit - len(writing.tokens) - 1) for writing in writings]
-    count = max(1, *room)
-    tokens = torch.tensor([[writing.tokens[-1]] for writing in writings])
+    room = torch.tensor([min(ahead, w.limit - len(w.tokens) - 1) for w in writings])
+    count = max(1, int(room.max()))
     starts = torch.tensor([[writing.position] for writing in writings])
-    columns, drafted = [tokens], []
     device = device_of(draft, writings[0].prompt)
-    for turn in range(count + 1):
-        held = torch.tensor([[turn <= most] for most in room])
-        batch = _batch(columns[turn], starts + turn, held)
-        # The last proposal is read as well: the sequence may go on right after it.
-        prediction = draft(batch.to(device), cache)
-        if turn == count:
-            break
-        logits = prediction.logits(slice(None))
+    columns, drafted = [torch.tensor([[writing.tokens[-1]] for writing in writings])], []
+    for turn in range(count):
+        if turn == 0:
+            logits = _caught_up(draft, cache, writings, device)
+        else:
+            held = (turn < room).unsqueeze(1)
+            batch = _batch(columns[turn], starts + turn, held).to(device)
+            logits = draft(batch, cache).logits(slice(None))
         q = _drafts(logits, writings)
         uniforms = [
             writing.stream("draft")[min(len(writing.tokens) + turn, writing.limit - 1)]
@@ -76,10 +75,27 @@ def propose(draft: Backbone, cache: Cache, writings: Sequence[Writing], ahead: i
         drawn = inverse_cdf(q, torch.tensor(uniforms, dtype=torch.float64, device=q.device))
         drafted.append(q)
         columns.append(drawn.cpu().unsqueeze(1))
+    for writing, most in zip(writings, room.tolist(), strict=True):
+        writing.drafted = writing.position + max(1, most)
     turns = torch.arange(count + 1)
-    batch = _batch(torch.cat(columns, 1), starts + turns, turns <= torch.tensor(room)[:, None])
+    batch = _batch(torch.cat(columns, 1), starts + turns, turns <= room.unsqueeze(1))
     stacked = torch.stack(drafted, 1)
     return Proposals(batch=batch.to(stacked.device), drafted=stacked)
+
+
+def _caught_up(
+    draft: Backbone, cache: Cache, writings: Sequence[Writing], device: torch.device
+) -> Tensor:
+    """n V: the draft's logits after each sequence's newest token, all of which it has then read."""
+    unread = [w.tokens[w.drafted - len(w.prompt) :] for w in writings]
+    behind = torch.tensor([[len(tokens)] for tokens in unread])
+    longest = int(behind.max())
+    tokens = torch.tensor([each + [0] * (longest - len(each)) for each in unread])
+    turns = torch.arange(longest)
+    starts = torch.tensor([[writing.drafted] for writing in writings])
+    batch = _batch(tokens, starts + turns, turns < behind)
+    last = torch.arange(len(writings)) * longest + behind.squeeze(1) - 1
+    return draft(batch.to(device), cache).logits(last.to(device))
 
 
 def accepted(

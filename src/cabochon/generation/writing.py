@@ -50,7 +50,11 @@ class Writing:
     failure: NonFinite | None = None
     """What kept it from being finished."""
 
+    drafted: int = field(default=0, init=False)
+    """Tokens of prompt and completion that a draft model has read."""
+
     def __post_init__(self) -> None:
+        self.drafted = len(self.prompt)
         self.uniforms: Uniforms = self.key.numpy().random(self.limit)
         """One for each token there is room for: the n-th draws the n-th token."""
         self._streams: dict[str, Uniforms] = {}
