@@ -159,6 +159,8 @@ def test_all_names_what_a_module_defines_in_public() -> None:
 IMPORTS = {
     "cabochon": {"torch", "numpy", "transformers", "tyro", "pydantic", "rich"},
     "cabochon.cli": {"torch", "transformers", "datasets", "matplotlib"},
+    "cabochon.cli.merge": {"torch", "transformers", "tokenizers"},
+    "cabochon.weights.folders": {"torch", "transformers", "tyro", "pydantic", "tokenizers"},
     "cabochon.losses.linear": {"transformers", "tyro", "pydantic", "tokenizers", "yaml", "rich"},
     "cabochon.training.fit": {"transformers", "tyro", "pydantic", "tokenizers", "yaml", "rich"},
     "cabochon.models.gemma.decoder": {"transformers", "tyro", "pydantic", "tokenizers", "rich"},

@@ -437,12 +437,6 @@ def test_bytes_that_changed_on_their_way_to_the_disk_are_found(
     assert not (tmp_path / "out").exists()
 
 
-def test_merging_needs_no_torch() -> None:
-    code = "import sys, cabochon.weights.folders; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 def test_a_llama_that_transformers_saved_in_pieces_is_merged_and_loads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
