@@ -107,8 +107,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing is being written, and nothing waits."""
-        waiting = (writing for reading in self._queue for writing in reading.waiting)
-        return all(writing.finished for writing in (*self._active, *waiting))
+        return not self._queue and all(writing.finished for writing in self._active)
 
     def add(
         self, prompt: Tensor, settings: Settings, key: Key, *, index: int = 0, samples: int = 1
@@ -139,7 +138,15 @@ class Engine:
 
     def cancel(self, writing: Writing) -> None:
         """End a completion where it is; what it has is kept, its slot is free at the next step."""
-        writing.cancelled = writing.cancelled or not writing.finished
+        if writing.finished:
+            return
+        writing.cancelled = True
+        for reading in self._queue:
+            if writing in reading.waiting:
+                reading.waiting.remove(writing)
+                if not reading.waiting:
+                    self._queue.remove(reading)
+                return
 
     @torch.inference_mode()
     def step(self) -> list[Writing]:
@@ -166,11 +173,9 @@ class Engine:
     def _admit(self) -> list[Writing]:
         """Fill free slots from the queue; those that entered, their first token drawn."""
         entered: list[Writing] = []
-        self._drop_cancelled()
         free = self._slots - len(self._active)
-        wanted = sum(len(reading.waiting) for reading in self._queue)
         # Prompts are read a few at a time: alone, one costs nearly what several cost together.
-        if not wanted or (self._active and free < min(wanted, max(1, self._slots // 8))):
+        if not free or (self._active and free < self._slots // 8 and self._wait_for_more(free)):
             return entered
         self._read(free)
         while self._queue and self._queue[0].logits is not None:
@@ -183,11 +188,14 @@ class Engine:
             self._queue.popleft()
         return entered
 
-    def _drop_cancelled(self) -> None:
+    def _wait_for_more(self, free: int) -> bool:
+        """Whether more sequences wait than there are free slots."""
+        waiting = 0
         for reading in self._queue:
-            if any(writing.cancelled for writing in reading.waiting):
-                reading.waiting = deque(w for w in reading.waiting if not w.cancelled)
-        self._queue = deque(reading for reading in self._queue if reading.waiting)
+            waiting += len(reading.waiting)
+            if waiting > free:
+                return True
+        return False
 
     def _read(self, free: int) -> None:
         """Read, within the budget, prompts whose samples may find one of `free` slots."""
@@ -264,7 +272,7 @@ class Engine:
         for distribution, rows in _by_distribution(writings).items():
             chosen = list(writings) if len(rows) == len(writings) else [writings[r] for r in rows]
             some = logits if len(rows) == len(writings) else logits[_indices(rows)]
-            uniforms = [writing.uniforms[len(writing.tokens)] for writing in chosen]
+            uniforms = [writing.stream()[len(writing.tokens)] for writing in chosen]
             drawn = _drawn(some, uniforms, distribution, chosen)
             columns = (drawn.tokens.tolist(), drawn.logprob.tolist(), drawn.model_logprob.tolist())
             sound = [writing for writing in chosen if writing.failure is None]

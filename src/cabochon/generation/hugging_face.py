@@ -108,7 +108,7 @@ class _Draws:
                 alike.setdefault(self.writings[row].settings.distribution, []).append(row)
         for (temperature, top_k, top_p), chosen in alike.items():
             some = [self.writings[row] for row in chosen]
-            numbers = torch.tensor([w.uniforms[len(w.tokens)] for w in some], device=scores.device)
+            numbers = torch.tensor([w.stream()[len(w.tokens)] for w in some], device=scores.device)
             logits = scores[chosen]
             drawn = draw(logits, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
             left = torch.full_like(logits, -torch.inf)

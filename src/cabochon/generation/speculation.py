@@ -131,7 +131,7 @@ def accepted(
     # Rounding may leave nothing where p and q all but agree; then p itself is drawn from.
     plain = everything | (left.sum(1) <= 0.0)
     weights = torch.where(plain.unsqueeze(1), target, left)
-    own = [w.uniforms[at + k] for w, at, k in zip(writings, first, kept.tolist(), strict=True)]
+    own = [w.stream()[at + k] for w, at, k in zip(writings, first, kept.tolist(), strict=True)]
     last = inverse_cdf(weights, torch.tensor(own, dtype=torch.float64, device=p.device))
     tokens = torch.cat([proposed, last.unsqueeze(1)], 1)
     tokens[rows, kept] = last

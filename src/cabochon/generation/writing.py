@@ -55,14 +55,17 @@ class Writing:
 
     def __post_init__(self) -> None:
         self.drafted = len(self.prompt)
-        self.uniforms: Uniforms = self.key.numpy().random(self.limit)
-        """One for each token there is room for: the n-th draws the n-th token."""
         self._streams: dict[str, Uniforms] = {}
 
-    def stream(self, purpose: str) -> Uniforms:
-        """As many further numbers, of a stream of their own."""
+    def stream(self, purpose: str = "") -> Uniforms:
+        """Uniform numbers, one for each token there is room for.
+
+        The n-th of the nameless stream draws the n-th token; what else needs chance has a stream
+        of its own. They are made when they are first asked for.
+        """
         if purpose not in self._streams:
-            self._streams[purpose] = self.key.fold(purpose).numpy().random(self.limit)
+            key = self.key.fold(purpose) if purpose else self.key
+            self._streams[purpose] = key.numpy().random(self.limit)
         return self._streams[purpose]
 
     @property
@@ -89,6 +92,8 @@ class Writing:
         self.stopped = token in settings.stop_ids or any(
             ends(self.tokens) for ends in settings.ends
         )
+        if self.finished:
+            self._streams.clear()
 
     def newest(self, count: int) -> list[Token]:
         """The last `count` tokens."""
