@@ -96,6 +96,8 @@ class GemmaCache:
         ]
         self._lengths = [0] * rows
         """Tokens that each row holds; on CUDA, where looking would stall, at most that many."""
+        self._whole = False
+        """Every row of the present batch is known to have new tokens."""
         self._slots = torch.arange(capacity, device=device)
         self._lines = self._first_lines()
         self.step: Step | None = None
@@ -157,9 +159,8 @@ class GemmaCache:
         plans = {}
         for window, size in self._slots_of.items():
             slots = min(extent, size)
-            hidden = self._hidden(batch.positions.unsqueeze(-1), window, slots)
-            bias = torch.zeros(hidden.shape, device=hidden.device)
-            bias = bias.masked_fill_(hidden, float("-inf")).unsqueeze(1)  # B 1 T S
+            hidden = self._hidden(batch.positions[:, None, :, None], window, slots)
+            bias = torch.where(hidden, -torch.inf, 0.0)  # B 1 T S float32
             plans[window] = (self._index(batch, window), bias, slots)
         return [
             self._attend_few(layer, *plans[window]) for layer, window in enumerate(self._windows)
@@ -172,7 +173,7 @@ class GemmaCache:
             DataError: a row would grow, or lose more tokens than `ahead`.
         """
         for row, (length, held) in enumerate(zip(lengths, self._lengths, strict=True)):
-            if not 0 <= held - length <= self._ahead:
+            if not 0 <= held - length <= self._ahead and not self._slots.is_cuda:
                 raise DataError(
                     f"row {row} holds {held} tokens and cannot go back to {length}: the cache was "
                     f"made to take back {self._ahead}"
@@ -258,10 +259,11 @@ class GemmaCache:
         for row, span in enumerate(spans):
             if span:
                 self._lengths[row] = span.stop
+        self._whole = all(spans)
         return max(1, *(span.stop for span in spans))
 
     def _hidden(self, positions: Tensor, window: int, slots: int) -> Tensor:
-        """B T S bool: what tokens at `positions` (B T 1) do not see of the first slots."""
+        """... S bool: what tokens at `positions` (... 1) do not see of the first slots."""
         size = self._slots_of[window]
         if size == window:
             return self._slots[:slots] > positions
@@ -271,13 +273,14 @@ class GemmaCache:
 
     def _index(self, batch: TokenBatch, window: int) -> Tensor:
         size = self._slots_of[window]
-        positions, kept = batch.positions, batch.documents >= 0
-        slot = positions
-        if size < self._capacity:
-            slot = positions % size
-            if positions.shape[1] > 1:
-                last = positions.masked_fill(~kept, -1).amax(1, keepdim=True)
-                kept = kept & (positions > last - size)
+        positions = batch.positions
+        slot = positions if size == self._capacity else positions % size
+        if positions.shape[1] == 1 and self._whole:
+            return (self._lines[size][: self.rows] + slot).flatten()
+        kept = batch.documents >= 0
+        if size < self._capacity and positions.shape[1] > 1:
+            last = positions.masked_fill(~kept, -1).amax(1, keepdim=True)
+            kept = kept & (positions > last - size)
         slot = slot.masked_fill(~kept, size)
         return (self._lines[size][: self.rows, None] + slot.unsqueeze(-1)).flatten()
 

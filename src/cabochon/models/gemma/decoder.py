@@ -202,12 +202,13 @@ class Gemma(nn.Module):
         step, weight = cache.step, self.embedding
         if step is None or not step.is_of(self.blocks, weight, self.final_norm):
             rows = cache.room * (1 + cache.ahead)
+            positions = torch.arange(cache.capacity, device=weight.device)
+            turns = _rotation(positions, self.config, weight.dtype)
             step = cache.step = Step(
-                self.config, self.blocks, weight, self.final_norm, rows, self._layout
+                self.config, self.blocks, weight, self.final_norm, rows, turns, self._layout
             )
         x = embedding(batch.tokens, weight) * _embedding_scale(self.config.width, weight.dtype)
-        cos, sin = _rotation(batch.positions, self.config, weight.dtype)
-        return step(x, cos, sin, cache.attends_few(batch))
+        return step(x, batch.positions, cache.attends_few(batch))
 
     def _mixes(self, batch: TokenBatch) -> list[Mix]:
         config = self.config

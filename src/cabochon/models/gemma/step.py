@@ -73,9 +73,20 @@ class Step:
         embedding: Tensor,
         final_norm: Tensor,
         rows: int,
+        turns: tuple[Tensor, Tensor],
         layout: Layout,
     ) -> None:
-        """Lay out a decoder's weights for about `rows` rows."""
+        """Lay out a decoder's weights for about `rows` rows.
+
+        Args:
+            config: of the decoder.
+            blocks: its layers.
+            embedding: V D, the head as well.
+            final_norm: D.
+            rows: a hint.
+            turns: cosine and sine, each P H/2, of the angles of all positions there will be.
+            layout: how matrices are multiplied with.
+        """
         kept = list(blocks)
         size = embedding.nbytes + sum(w.nbytes for block in kept for w in block.parameters())
         product = _plain if layout is packed and size > PACKED_BYTES else layout
@@ -88,6 +99,9 @@ class Step:
         self._layers = [_Layer.of(block, product, rows, self._unit) for block in kept]
         self._final = _scale(final_norm)
         self._head = product(embedding, rows)
+        self._turns = _turns(*turns, config)
+        kinds = [0] * config.heads + [1] * config.kv_heads + [2] * config.kv_heads
+        self._kinds = torch.tensor(kinds, device=embedding.device)
 
     def is_of(self, blocks: Iterable[nn.Module], embedding: Tensor, final_norm: Tensor) -> bool:
         """Whether these are the weights it was made of, unchanged since.
@@ -103,20 +117,20 @@ class Step:
         )
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attends: Sequence[AttendFew]
+        self, x: Tensor, positions: Tensor, attends: Sequence[AttendFew]
     ) -> PackedPrediction:
         """Predictions after the new tokens.
 
         Args:
             x: B T D: their scaled embeddings.
-            cos: B T H/2, of their positions' angles.
-            sin: B T H/2, likewise.
+            positions: B T.
             attends: of the cache, one a layer.
         """
         config, batch = self._config, x.shape[:2]
         x = x.flatten(0, 1)
         heads, shape = config.heads, (len(x), config.heads + 2 * config.kv_heads, config.head_width)
-        same, across = _turns(cos.flatten(0, 1), sin.flatten(0, 1), config)
+        place = positions.reshape(-1, 1)
+        same, across = (factor[place, self._kinds] for factor in self._turns)  # each (B T) N+2K H
         for layer, attend in zip(self._layers, attends, strict=True):
             qkv = layer.qkv(x).view(shape)
             turned = torch.addcmul(qkv * same, qkv.roll(config.head_width // 2, -1), across)
@@ -209,17 +223,20 @@ def _unbent(scores: Tensor) -> Tensor:
 
 
 def _turns(cos: Tensor, sin: Tensor, config: GemmaConfig) -> tuple[Tensor, Tensor]:
-    """Two factors, n (N + 2K) H: x times one, plus x rolled by H/2 times the other, is rotated.
+    """Two factors, n 3 H, for q, k and v: x times one, plus x rolled by H/2 times the other.
 
-    For v they are 1 and 0, so that q, k and v are turned in one go; q gets `curve`'s gain as well.
+    q and k are so rotated, and q gets `curve`'s gain as well; v stays.
+
+    Args:
+        cos: n H/2, of every position's angles.
+        sin: n H/2.
+        config: for the gain.
     """
     _, gain, _ = curve(config.scale, config.attention_cap)
-    same, across = torch.cat([cos, cos], -1).unsqueeze(1), torch.cat([-sin, sin], -1).unsqueeze(1)
-    heads, kv = (-1, config.heads, -1), (-1, config.kv_heads, -1)
-    ones, zeros = torch.ones_like(same), torch.zeros_like(same)
+    same, across = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     return (
-        torch.cat([(same * gain).expand(heads), same.expand(kv), ones.expand(kv)], 1),
-        torch.cat([(across * gain).expand(heads), across.expand(kv), zeros.expand(kv)], 1),
+        torch.stack([same * gain, same, torch.ones_like(same)], 1),
+        torch.stack([across * gain, across, torch.zeros_like(across)], 1),
     )
 
 
