@@ -49,7 +49,7 @@ _LARGEST = {
     "F16": (2 - 2**-10) * 2.0**15, "BF16": (2 - 2**-7) * 2.0**127,
 }  # fmt: skip
 
-SLICE = 1 << 15
+SLICE = 1 << 16
 """Elements at a time: operands and result stay in a core's own cache."""
 SPAN = 1 << 21
 """Elements that one thread takes on at a time."""
