@@ -274,7 +274,7 @@ def test_tensors_longer_than_a_span_are_put_together_again(
 
 
 def test_memory_is_that_of_slices_not_of_tensors(tmp_path: Path) -> None:
-    """24 MB a folder in one tensor; what numpy holds stays below a tenth of one."""
+    """24 MB a folder, in one tensor; what is held at any time stays below a third of one."""
     for i in range(3):
         folder(tmp_path / str(i), {"w": torch.full((6_000_000,), 1.0 + i)})
     paths = [tmp_path / str(i) for i in range(3)]
@@ -282,7 +282,7 @@ def test_memory_is_that_of_slices_not_of_tensors(tmp_path: Path) -> None:
     merge(formulas.slerp(2, per="whole"), paths[1:], tmp_path / "out", base=paths[0])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4.5e6
+    assert peak < 8e6
 
 
 def change(place: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
