@@ -133,7 +133,7 @@ def mapping(text: str, origin: str) -> dict[str, Any]:
         ConfigError: not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_NothingTwice)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin} is not YAML: {error}") from error
     if content is None:
@@ -215,6 +215,20 @@ def dump(settings: Any, **first: Any) -> str:
     return yaml.safe_dump({**first, **plain(settings)}, sort_keys=False, allow_unicode=True)
 
 
+class _NothingTwice(yaml.SafeLoader):
+    """A key given twice would silently lose its first value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """One line for each key whose value is not the same: `key: before -> after`."""
     lines = []
@@ -231,6 +245,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     """One value, coerced to its type: 1e-4 is text to YAML and a number to us."""
     if get_origin(hint) is tuple and not isinstance(value, list | tuple):
         value = [value]
+    parts = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(part, bool) for part in parts) and not _takes_bool(hint):
+        raise ConfigError(f"{where}: {value!r} cannot be used: neither true nor false has a place")
     try:
         result = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
@@ -239,6 +256,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(result, float) and math.isnan(result):
         raise ConfigError(f"{where}: {value!r} is not a number")
     return result
+
+
+def _takes_bool(hint: Any) -> bool:
+    return hint in (bool, Any) or any(map(_takes_bool, get_args(hint)))
 
 
 def _group(hint: Any) -> Any | None:
@@ -287,6 +308,8 @@ def _text(path: Path) -> str:
         raise ConfigError(f"there is no settings file at {path}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as settings: {error.strerror}") from error
 
 
 def _refuse_repeats(argv: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from cabochon.cli.machine import tokenizer_of
 from cabochon.cli.output import answer, console, say
 from cabochon.cli.recipe import recipe_of
 from cabochon.cli.rows import chats_of, documents_of, encode_conversation, is_packed
-from cabochon.core.errors import DataError, FolderError
+from cabochon.core.errors import ConfigError, DataError, FolderError
 from cabochon.data.packed import Packed
 from cabochon.data.readers import read_records
 from cabochon.data.tokenizer import Tokenizer
@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     settings = parse(
         InspectSettings, argv, prog="cabochon data inspect", description="Look at data."
     )
+    if settings.tokens < 1:
+        raise ConfigError(f"tokens must be at least 1, got {settings.tokens}")
     tokenizer = tokenizer_of(settings.tokenizer) if settings.tokenizer else None
     if (Path(settings.path) / "config.yaml").is_file():
         tokenizer = tokenizer or tokenizer_of(_of_run(settings.path)["tokenizer"])

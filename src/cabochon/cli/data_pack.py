@@ -9,9 +9,10 @@ from pathlib import Path
 from cabochon.cli.configuration import read
 from cabochon.cli.machine import tokenizer_of
 from cabochon.cli.output import answer, say
-from cabochon.cli.rows import pack_chat_sources, pack_document_sources
+from cabochon.cli.places import free
+from cabochon.cli.rows import pack_chat_sources, pack_document_sources, refuse_repeated
 from cabochon.cli.settings import TooLong
-from cabochon.core.errors import ConfigError, FolderError
+from cabochon.core.errors import ConfigError
 from cabochon.data.packed import Packed
 
 __all__ = ["PackSettings", "main", "summary"]
@@ -46,9 +47,8 @@ def main(argv: Sequence[str]) -> int:
     for name, what in (("data", "FILE ..."), ("tokenizer", "FOLDER"), ("out", "FOLDER")):
         if not getattr(settings, name):
             raise ConfigError(f"cabochon data pack needs --{name} {what}")
-    out = Path(settings.out)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise FolderError(f"{out} exists already; remove it or choose another --out")
+    refuse_repeated(settings.data)
+    out = free(Path(settings.out))
     tokenizer = tokenizer_of(settings.tokenizer)
     if settings.chat:
         packed = pack_chat_sources(settings.data, tokenizer, settings.context, settings.too_long)

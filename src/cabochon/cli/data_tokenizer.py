@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cabochon.cli.configuration import read
 from cabochon.cli.output import answer, duration_text, say
+from cabochon.cli.places import writable
 from cabochon.cli.rows import documents_of
 from cabochon.core.errors import ConfigError, FolderError
 from cabochon.data.tokenizer import train_tokenizer
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     out = Path(settings.out)
     if (out / "config.json").exists():
         raise FolderError(f"{out} is a model folder; its tokenizer is the model's own")
+    writable(out)
     begin = time.monotonic()
     documents = chain.from_iterable(documents_of(name, settings.field) for name in settings.data)
     texts = [each.text for each in documents]

@@ -157,5 +157,10 @@ def _tell(findings: _Findings, *, as_json: bool) -> int:
                 )
                 left -= len(each.ids)
     wrong = sum(not each.well for each in findings.checks)
-    screen.print(f"\n{wrong} things are wrong" if wrong else "\nnothing is wrong", markup=False)
+    screen.print(
+        f"\n{wrong} {'thing is' if wrong == 1 else 'things are'} wrong"
+        if wrong
+        else "\nnothing is wrong",
+        markup=False,
+    )
     return 1 if wrong else 0

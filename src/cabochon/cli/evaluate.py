@@ -68,6 +68,8 @@ def _perplexity(settings: PerplexitySettings) -> int:
     from cabochon.cli.rows import documents_of
     from cabochon.evaluation.perplexity import perplexity
 
+    if settings.batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {settings.batch_size}")
     use_threads(settings.threads)
     documents = list(documents_of(settings.file, settings.field, held_out=True))
     model, tokenizer = load_backbone(settings.model, settings.precision, settings.device)

@@ -43,16 +43,20 @@ def main(argv: Sequence[str]) -> int:
     from cabochon import folders
     from cabochon.cli.machine import load_model, model_folder
     from cabochon.cli.output import answer
-    from cabochon.core.errors import ConfigError, FolderError
+    from cabochon.cli.places import free
+    from cabochon.core.errors import ConfigError
+    from cabochon.files import whole
 
-    if settings.out.exists() and (settings.out.is_file() or any(settings.out.iterdir())):
-        raise FolderError(f"{settings.out} exists already; remove it or choose another name")
+    if settings.format == "hf" and settings.out.suffix == ".gguf":
+        raise ConfigError(f"{settings.out} is to be a GGUF file by its name: add --format gguf")
+    free(settings.out)
     source = model_folder(settings.source)
     model, tokenizer = load_model(str(source), settings.precision, "cpu")
     if settings.average:
         _average(model, source.parent)
     if settings.format == "hf":
-        folders.save(model, tokenizer, settings.out)
+        with whole(settings.out) as aside:
+            folders.save(model, tokenizer, aside)
     else:
         from cabochon.models.gemma.decoder import Gemma
         from cabochon.models.gemma.gguf import write_gguf

@@ -191,9 +191,17 @@ def _prompts(settings: GenerateSettings) -> list[str]:
     if not settings.file:
         if sys.stdin.isatty():
             raise ConfigError('nothing to go on from: give --prompt "TEXT", --file FILE or a pipe')
-        return [sys.stdin.read().removesuffix("\n")]
+        piped = sys.stdin.read().removesuffix("\n")
+        if not piped:
+            raise ConfigError(
+                'nothing to go on from: standard input is empty; --prompt "" begins with nothing'
+            )
+        return [piped]
     if settings.file == "-":
-        return [line for line in _split(sys.stdin.read()) if line.strip()]
+        lines = [line for line in _split(sys.stdin.read()) if line.strip()]
+        if not lines:
+            raise DataError("standard input holds no prompt")
+        return lines
     found = list(_lines(Path(settings.file)))
     if not found:
         raise DataError(f"{settings.file} holds no prompt")
@@ -207,6 +215,10 @@ def _lines(path: Path) -> Iterator[str]:
         lines = _split(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; name a file of prompts"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -46,8 +46,14 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{name!r} is no device that is used here; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{name!r} was asked for, but torch finds no GPU; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{name!r} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0"
+        )
     return device
 
 
@@ -79,11 +85,16 @@ def _model_folder(path: str) -> Path:
         return folder
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
-    if (folder / "manifest.json").is_file():
+    if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
         saved = checkpoint.completed(folder / "checkpoints")
-        if not saved:
-            raise FolderError(f"{folder} is a run without a checkpoint yet; resume it first")
-        return saved[max(saved)] / "model"
+        if saved:
+            return saved[max(saved)] / "model"
+        stages = sorted(str(each.parent) for each in folder.glob("*/config.yaml"))
+        if stages:
+            raise FolderError(
+                f"{folder} is the folder of a pipeline; name one of its runs: {', '.join(stages)}"
+            )
+        raise FolderError(f"{folder} is a run without a checkpoint yet; resume it first")
     if not folder.exists():
         raise FolderError(f"there is no model folder or run at {folder}")
     if not folder.is_dir():
@@ -91,7 +102,7 @@ def _model_folder(path: str) -> Path:
     there = ", ".join(sorted(each.name for each in folder.iterdir())[:8]) or "nothing"
     raise FolderError(
         f"{folder} is neither a model folder (it has no config.json) nor a run directory "
-        f"(no manifest.json); it holds {there}"
+        f"(no manifest.json and config.yaml); it holds {there}"
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 
@@ -18,14 +19,37 @@ def answer(value: Any) -> None:
     print(json.dumps(value, default=_plain, ensure_ascii=False, allow_nan=False), flush=True)
 
 
+class _Audience:
+    """Standard error whose reader may leave (head, a closed terminal): the work goes on unseen."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+
 def say(text: str) -> None:
     """A line for a person, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=_Audience(), flush=True)
 
 
 def console(*, stderr: bool = True) -> Console:
     """A rich console; plain text where there is no terminal."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not stderr:
+        return Console(highlight=False, soft_wrap=True)
+    return Console(file=cast("IO[str]", _Audience()), highlight=False, soft_wrap=True)
 
 
 def bytes_text(count: float) -> str:

@@ -12,7 +12,7 @@ import tyro
 
 from cabochon.cli.configuration import build, mapping, parse
 from cabochon.cli.output import answer, say
-from cabochon.core.errors import ConfigError, FolderError
+from cabochon.core.errors import CheckpointError, ConfigError, FolderError
 
 __all__ = ["ResumeSettings", "main"]
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
         ResumeSettings, argv, prog="cabochon resume", description="Go on with an interrupted run."
     )
     path = settings.run / "config.yaml"
+    if not settings.run.exists():
+        raise FolderError(f"there is no run at {settings.run}")
     if not path.is_file():
         raise FolderError(f"{settings.run} is not a run directory: it has no config.yaml")
     content = mapping(path.read_text(encoding="utf-8"), str(path))
@@ -67,15 +69,17 @@ def _resume_training(settings: ResumeSettings, content: dict[str, Any]) -> int:
     recipe = recipe_of(str(content.pop("algorithm")))
     wanted = build(recipe.settings, content, origin=str(settings.run / "config.yaml"))
     run.refuse_changes(run.config(), run.manifest()["inputs"])
-    done = max(checkpoint.completed(run.checkpoints), default=0)
-    if settings.step is not None:
-        done = settings.step
+    saved = checkpoint.completed(run.checkpoints)
+    done = max(saved, default=0) if settings.step is None else settings.step
+    if done not in {0, *saved}:
+        listing = ", ".join(map(str, saved)) or "none"
+        raise CheckpointError(f"{run.folder} has no checkpoint of step {done}; it has: {listing}")
     total = int(wanted.method.steps)
     if done >= total:
+        checkpoint.verify(saved[done])
         say(f"{settings.run} is complete: all {total} updates were made; nothing to do")
         if settings.json:
-            where = checkpoint.completed(run.checkpoints)[done]
-            answer({"run": str(run.folder), "steps": done, "complete": True, "checkpoint": where})
+            answer({"run": run.folder, "steps": done, "complete": True, "checkpoint": saved[done]})
         return 0
     use_threads(wanted.run.threads)
     with joined(device_of(wanted.run.device)):

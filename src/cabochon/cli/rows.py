@@ -31,6 +31,7 @@ __all__ = [
     "is_packed",
     "pack_chat_sources",
     "pack_document_sources",
+    "refuse_repeated",
 ]
 
 SUMMARISE = "Say in one sentence what this function does.\n\n"
@@ -153,11 +154,23 @@ def is_packed(source: str) -> bool:
     return (Path(source) / "rows.safetensors").is_file()
 
 
+def refuse_repeated(names: Sequence[str]) -> None:
+    """What is named twice would be read twice.
+
+    Raises:
+        ConfigError: a name stands there twice.
+    """
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"the same data is named twice: {', '.join(names)}; name it once, and let --weights "
+            "say how much of a run it is"
+        )
+
+
 def _rows(run: RunSettings, tokenizer: Tokenizer, pack: Callable[[Sequence[str]], Packed]) -> Rows:
     ready = {name: _load(name, run, tokenizer) for name in run.data if is_packed(name)}
     raw = [name for name in run.data if name not in ready]
-    if len(set(run.data)) < len(run.data):
-        raise ConfigError(f"the same data is named twice: {', '.join(run.data)}; use --weights")
+    refuse_repeated(run.data)
     if run.weights:
         sources = {**ready, **{name: pack([name]) for name in raw}}
         return Mixture(sources, dict(zip(run.data, run.weights, strict=True)))

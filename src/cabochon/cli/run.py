@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cabochon.cli import demo as demo_verb
 from cabochon.cli.configuration import FLAT, build, read
+from cabochon.cli.machine import device_of
 from cabochon.cli.stages import carry_out
 from cabochon.cli.words import unknown
 from cabochon.core.errors import ConfigError
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         names={"pipeline": "gemma2"},
     )
     settings = invocation.settings
+    device_of(settings.recipe.device)  # refuses what is none
     return carry_out(
         lambda observe: gemma2.run(settings.recipe, settings.out, observe),
         settings.out,

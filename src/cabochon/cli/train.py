@@ -15,6 +15,7 @@ from typing import Any
 from cabochon.cli.configuration import dump, plain, read
 from cabochon.cli.machine import device_of, use_threads
 from cabochon.cli.output import answer, bytes_text, duration_text, say
+from cabochon.cli.places import free
 from cabochon.cli.progress import watching
 from cabochon.cli.ranks import begun_by_first, joined
 from cabochon.cli.recipe import Recipe, split_words
@@ -147,9 +148,7 @@ def _new_folder(run: RunSettings) -> Path:
     folder = Path(run.out)
     if (folder / "manifest.json").exists():
         raise FolderError(f"{folder} holds a run already; go on with: cabochon resume {folder}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FolderError(f"{folder} exists and is not empty; choose another --out")
-    return folder
+    return free(folder)
 
 
 def _absolute(path: str) -> str:

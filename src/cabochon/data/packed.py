@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from cabochon.core.errors import ConfigError, DataError, FolderError, TokenizerMismatch
@@ -149,17 +150,20 @@ class Packed:
         The folder appears whole or not at all.
 
         Raises:
-            FolderError: there is something at `folder` already.
+            FolderError: there is something at `folder` already, or it cannot be written.
         """
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise FolderError(f"{folder} exists already; remove it or choose another folder")
-        with whole(folder) as aside:
-            aside.mkdir()
-            save_file(dict(self._arrays), aside / _ROWS)
-            content = asdict(self.manifest) | {"sha256": {_ROWS: sha256_of(aside / _ROWS)}}
-            content["sha256"][_MANIFEST] = _content_sha256(content)
-            (aside / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        try:
+            with whole(folder) as aside:
+                aside.mkdir()
+                save_file(dict(self._arrays), aside / _ROWS)
+                content = asdict(self.manifest) | {"sha256": {_ROWS: sha256_of(aside / _ROWS)}}
+                content["sha256"][_MANIFEST] = _content_sha256(content)
+                (aside / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        except (OSError, SafetensorError) as error:
+            raise FolderError(f"the rows could not be written to {folder}: {error}") from error
 
     @staticmethod
     def load(folder: str | Path) -> Packed:

@@ -144,22 +144,27 @@ class Tokenizer:
         transformers' AutoTokenizer reads them with the same ids. Two habits of its own remain: it
         puts <bos> in front unless add_special_tokens=False, and it takes control tokens written
         out in the text for control tokens unless split_special_tokens=True.
+
+        Raises:
+            FolderError: a file cannot be written; it is as it was.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         settings = dict(self._settings)
         settings.pop("chat_template", None)
         for name in ("pad", "eos", "bos", "unk", "mask"):
             id_ = getattr(self.controls, name)
             if id_ is not None:
                 settings[f"{name}_token"] = self._pieces[id_]
-        write_whole(folder / "tokenizer.json", self._json)
-        text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
-        write_whole(folder / "tokenizer_config.json", text + "\n")
-        if self.chat_template is not None:
-            write_whole(folder / "chat_template.jinja", self.chat_template)
-        else:
-            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        config = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+        try:
+            write_whole(folder / "tokenizer.json", self._json)
+            write_whole(folder / "tokenizer_config.json", config)
+            if self.chat_template is not None:
+                write_whole(folder / "chat_template.jinja", self.chat_template)
+            else:
+                (folder / "chat_template.jinja").unlink(missing_ok=True)
+        except OSError as error:
+            raise FolderError(f"the tokenizer could not be saved in {folder}: {error}") from error
 
     @property
     def vocab_size(self) -> int:

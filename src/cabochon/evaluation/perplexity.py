@@ -222,7 +222,7 @@ def _score(model: Policy, windows: Sequence[_Window], device: torch.device | str
 
 def _check(nats: Sequence[float], counts: Sequence[int]) -> None:
     if not any(counts):
-        raise DataError(f"{len(counts)} documents hold no token to count; give some text")
+        raise DataError(f"no token to count in {len(counts)} document(s); give some text")
     for index, total in enumerate(nats):
         if not math.isfinite(total):
             raise NonFinite(

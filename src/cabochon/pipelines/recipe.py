@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +38,9 @@ class Phase:
     """The highest; a cosine ends at a tenth of it."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rows < 1 or not self.learning_rate > 0:
+        if self.steps < 1 or self.rows < 1 or not 0 < self.learning_rate < math.inf:
             raise ConfigError(
-                "steps and rows must be at least 1 and learning_rate above 0, got "
+                "steps and rows must be at least 1 and learning_rate above 0 and finite, got "
                 f"{self.steps}, {self.rows} and {self.learning_rate}"
             )
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop, granted between two updates."""
+"""SIGINT, SIGTERM and a closed terminal as a wish to stop, granted between two updates."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM is noted; a second SIGINT stops at once.
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP is noted.
 
+    A second SIGINT stops at once. A SIGHUP that was to be ignored (nohup) still is.
     Signals reach Python's main thread alone; in any other thread nothing is changed.
     """
     request = StopRequest()
@@ -37,7 +38,10 @@ def stop_requests() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal = request.signal or signal.Signals(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield request
     finally:

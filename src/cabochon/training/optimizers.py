@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +29,16 @@ class OptimizerConfig:
     """Share of a matrix, times the learning rate, that an update takes away."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), got {self.betas}")
-        if not self.eps > 0:
-            raise ConfigError(f"eps must be above 0, got {self.eps}")
-        if not self.weight_decay >= 0:
-            raise ConfigError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 < self.eps < math.inf:
+            raise ConfigError(f"eps must be above 0 and finite, got {self.eps}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(
+                f"weight_decay must be finite and not negative, got {self.weight_decay}"
+            )
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -159,7 +159,8 @@ def create(folder: Path, *, config: str, inputs: Mapping[str, Any]) -> Run:
         FolderError: the folder exists, or cannot be made.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FolderError(f"{folder} exists already; resume that run, or choose another folder")
+        advice = "resume that run, or choose" if (folder / "manifest.json").exists() else "choose"
+        raise FolderError(f"{folder} exists already; {advice} another folder")
     manifest = {
         "format": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
