@@ -129,8 +129,8 @@ class Step:
         config, batch = self._config, x.shape[:2]
         x = x.flatten(0, 1)
         heads, shape = config.heads, (len(x), config.heads + 2 * config.kv_heads, config.head_width)
-        place = positions.reshape(-1, 1)
-        same, across = (factor[place, self._kinds] for factor in self._turns)  # each (B T) N+2K H
+        place, kinds = positions.reshape(-1), self._kinds
+        same, across = (turn.index_select(0, place).index_select(1, kinds) for turn in self._turns)
         for layer, attend in zip(self._layers, attends, strict=True):
             qkv = layer.qkv(x).view(shape)
             turned = torch.addcmul(qkv * same, qkv.roll(config.head_width // 2, -1), across)
