@@ -353,6 +353,15 @@ def test_quantised_and_unequal_whole_numbers_are_refused(tmp_path: Path) -> None
         merge(formulas.averaged(2), paths, tmp_path / "out")
 
 
+def test_folders_without_a_floating_point_tensor_are_refused(tmp_path: Path) -> None:
+    counter = {"count": torch.tensor([3])}
+    places = [folder(tmp_path / name, counter) for name in ("base", "a", "b")]
+    with pytest.raises(WeightsMismatch, match="no floating-point tensor"):
+        merge(formulas.slerp(2), places[1:], tmp_path / "out", base=places[0])
+    with pytest.raises(WeightsMismatch, match="no floating-point tensor"):
+        task_vectors(places[0], places[1:])
+
+
 def test_a_folder_is_not_merged_with_or_onto_itself(three: list[Path], tmp_path: Path) -> None:
     base, a, b = three
     link = tmp_path / "link"

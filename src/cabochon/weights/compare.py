@@ -114,7 +114,7 @@ def compare_tensors(
 
     Raises:
         WeightsMismatch: a tensor is missing, surplus, misshaped, quantised, or, where they must be
-            the same, of another type.
+            the same, of another type; or none is of a floating-point type.
     """
     first = tensors[0]
     for name, stored in first.items():
@@ -123,6 +123,10 @@ def compare_tensors(
                 f"{name} of {folders[0]} is of type {stored.type}: it is quantised, and numbers "
                 "without their scales cannot be added; dequantise the model first"
             )
+    if not any(stored.type in FLOATS for stored in first.values()):
+        raise WeightsMismatch(
+            f"{folders[0]} holds no floating-point tensor, so there is nothing to merge or compare"
+        )
     for folder, other in zip(folders[1:], tensors[1:], strict=True):
         if surplus := sorted(first.keys() ^ other.keys()):
             holder = folders[0] if surplus[0] in first else folder
