@@ -303,3 +303,109 @@ def test_numbers_that_make_no_engine_are_refused() -> None:
         Engine(model).add(random_prompts(CONFIG.context)[0], PLAIN, Key(0))
     with pytest.raises(ConfigError, match="2 settings and 1 indices for 1 prompts"):
         generate(model, random_prompts(3), [PLAIN, PLAIN], Key(0))
+
+
+# --- a slot whose last sequence was broken, and other accidents ---
+
+
+def write_all(engine: Engine) -> None:
+    while not engine.idle:
+        engine.step()
+
+
+def overflowing(token: int) -> Backbone:
+    """A model whose keys and values are NaN wherever it reads `token`, and sound elsewhere."""
+    model = small_gemma()
+    with torch.no_grad():
+        model.embedding[token] = 0.0
+        model.embedding[token, 0] = 3e38  # times the root of the width: infinite
+        model.final_norm[0] = -1.0  # and the token's own logit is 0
+    return model
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_what_a_broken_sequence_leaves_in_its_slot_harms_no_later_one(draft: bool) -> None:
+    model, helper = overflowing(9), small_gemma() if draft else None
+    long, short = torch.arange(10, 40), torch.tensor([4, 5])
+    settings = Settings(max_new_tokens=8)
+    found = 0
+    for seed in range(4):
+        engine = Engine(model, slots=2, draft=helper)
+        (beside,) = engine.add(long, settings, Key(seed), index=0)
+        (broken,) = engine.add(torch.tensor([4] + [9] * 20), settings, Key(seed), index=1)
+        engine.step()
+        assert isinstance(broken.failure, NonFinite)
+        (later,) = engine.add(short, settings, Key(seed), index=2)
+        write_all(engine)
+        for writing, prompt, index in ((beside, long, 0), (later, short, 2)):
+            single = Engine(model, slots=1, draft=helper)
+            (one,) = single.add(prompt, settings, Key(seed), index=index)
+            write_all(single)
+            assert writing.tokens == one.tokens
+            found += len(one.tokens) == 8
+    assert found > 2  # most of them never draw a 9
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_condition_that_raises_ends_its_own_sequence_alone(draft: bool) -> None:
+    model = small_gemma()
+    helper = small_gemma(replace(CONFIG, layers=1)) if draft else None
+    prompts = random_prompts(4, 6, 3)
+
+    def third(tokens: list[int]) -> bool:
+        if len(tokens) == 3:
+            raise ValueError("a mistake of the caller")
+        return False
+
+    engine = Engine(model, slots=2, draft=helper)
+    wanted = [PLAIN, replace(PLAIN, ends=(third,)), PLAIN]
+    writings = [
+        engine.add(prompt, how, Key(0), index=index)[0]
+        for index, (prompt, how) in enumerate(zip(prompts, wanted, strict=True))
+    ]
+    with pytest.raises(ValueError, match="a mistake of the caller") as caught:
+        write_all(engine)
+    assert "prompt 1, sample 0" in caught.value.__notes__[0]
+    assert writings[1].failure is caught.value
+    assert len(writings[1].tokens) == 3
+    write_all(engine)
+    whole = generate(model, prompts, PLAIN, Key(0), draft=helper)
+    for index in (0, 2):
+        assert writings[index].tokens == whole[index].completions[0].tokens.tolist()
+    with pytest.raises(ValueError, match="a mistake of the caller"):
+        generate(model, prompts, wanted, Key(0), draft=helper)
+
+
+def test_a_prompt_of_unknown_tokens_is_named_and_the_others_are_written() -> None:
+    model, prompts = small_gemma(), random_prompts(4, 6, 3)
+    engine = Engine(model, slots=4)
+    alien = torch.tensor([4, CONFIG.vocab_size, 6])
+    settings = Settings(max_new_tokens=5)
+    first = engine.add(prompts[0], settings, Key(0), index=0)
+    wrong = engine.add(alien, settings, Key(0), index=1, samples=2)
+    last = engine.add(prompts[2], settings, Key(0), index=2)
+    with pytest.raises(DataError, match=r"prompt 1, sample 0 holds the token 61"):
+        engine.step()
+    assert all(isinstance(writing.failure, DataError) for writing in wrong)
+    write_all(engine)
+    whole = generate(model, prompts, settings, Key(0))
+    for (writing,), index in ((first, 0), (last, 2)):
+        assert writing.tokens == whole[index].completions[0].tokens.tolist()
+    with pytest.raises(DataError, match="token -1"):
+        generate(model, [torch.tensor([4, -1])], settings, Key(0))
+    with pytest.raises(DataError, match="the token 99"):
+        generate(model, [torch.tensor([4] * 40 + [99])], settings, Key(0))
+
+
+def test_a_draft_of_another_vocabulary_is_refused_whatever_it_proposes() -> None:
+    model = small_gemma()
+    other = small_gemma(replace(CONFIG, vocab_size=400))
+    for seed in range(3):
+        with pytest.raises(DataError, match="vocabulary of 400 tokens, the model one of 61"):
+            generate(model, random_prompts(4), PLAIN, Key(seed), draft=other)
+
+
+def test_conditions_are_a_tuple_of_functions() -> None:
+    for ends in (lambda _: True, (3,)):
+        with pytest.raises(ConfigError, match="tuple of functions"):
+            Settings(ends=ends)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_gemma import random_prompts, small_gemma
 
 from cabochon.core import Key
-from cabochon.core.errors import ConfigError
+from cabochon.core.errors import ConfigError, DataError
 from cabochon.generation.engine import Settings, generate
 from cabochon.generation.stopping import at_text
 
@@ -53,6 +53,12 @@ def test_a_stop_inside_a_character_that_is_spread_over_tokens() -> None:
 def test_texts_that_cannot_end_anything_are_refused(stops: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         at_text(stops, lambda _: b"")
+
+
+def test_a_tokenizer_whose_tokens_have_no_bytes_of_their_own_is_refused() -> None:
+    ends = at_text(["a"], lambda _: None)
+    with pytest.raises(DataError, match="token 7 has no bytes of its own"):
+        ends([7])
 
 
 def test_a_completion_ends_where_a_condition_says() -> None:

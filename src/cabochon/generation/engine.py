@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -103,6 +104,8 @@ class Engine:
         self._caches: list[Cache] = []
         self._active: list[Writing] = []
         """By slot; the used slots are always the first ones."""
+        self._vocabulary = 0
+        """Of the model, once it has predicted."""
 
     @property
     def idle(self) -> bool:
@@ -155,6 +158,11 @@ class Engine:
         Returns:
             The sequences that were worked on, in no particular order; those whose logits are
             broken say so as their `failure`, and leave the others alone.
+
+        Raises:
+            Exception: what a condition (`Settings.ends`) raised; its sequence ends with it as its
+                `failure`, the others have their tokens and go on with the next step.
+            DataError: a prompt holds a token that the model does not know; it leaves the queue.
         """
         with _all_evaluating(self._models):
             self._leave()
@@ -166,6 +174,9 @@ class Engine:
                     self._speculate()
                 else:
                     self._advance()
+        for writing in touched:
+            if writing.failure is not None and not isinstance(writing.failure, NonFinite):
+                raise writing.failure
         return touched
 
     # --- reading prompts ---
@@ -225,25 +236,40 @@ class Engine:
         batch = _columns(pieces, chosen[0].done, self._ahead + 2)
         ends = torch.tensor([len(piece) - 1 for piece in pieces])
         ends += torch.arange(len(pieces)) * batch.shape[1]
-        for reading, piece in zip(chosen, pieces, strict=True):
-            reading.done += len(piece)
-        whole = chosen[-1].done == len(chosen[-1].prompt)
+        whole = chosen[-1].done + len(pieces[-1]) == len(chosen[-1].prompt)
         for which, (model, cache) in enumerate(zip(self._models, first.caches, strict=True)):
             device = device_of(model, first.prompt)
-            prediction = model(batch.to(device), cache)
+            try:
+                prediction = model(batch.to(device), cache)
+            except IndexError as error:  # of the embedding
+                self._refuse(chosen, error)
             if whole and which == 0:
                 logits = prediction.logits(ends.to(device))
+                self._vocabulary = logits.shape[-1]
                 for row, reading in enumerate(chosen):
                     reading.logits = logits[row : row + 1]
+        for reading, piece in zip(chosen, pieces, strict=True):
+            reading.done += len(piece)
+
+    def _refuse(self, chosen: Sequence[_Reading], error: IndexError) -> NoReturn:
+        """Take the prompt with the highest token out of the queue; the others are read again."""
+        for reading in chosen:
+            reading.caches, reading.row, reading.done, reading.logits = [], 0, 0, None
+        worst = max(chosen, key=lambda reading: int(reading.prompt.max()))
+        self._queue.remove(worst)
+        refused = DataError(
+            f"the prompt of {worst.waiting[0].name} holds the token {int(worst.prompt.max())}, "
+            f"which the model (or its draft) does not know: {error}; use the model's own tokenizer"
+        )
+        for writing in worst.waiting:
+            writing.failure = refused
+        raise refused from error
 
     def _enter(self, reading: _Reading, count: int) -> list[Writing]:
         """Give `count` samples of a prompt that was read a slot each; draw their first token."""
         entering = [reading.waiting.popleft() for _ in range(count)]
         if not self._caches:
-            self._caches = [
-                model.new_cache(self._slots, self._capacity(), self._ahead).select(_indices([]))
-                for model in self._models
-            ]
+            self._caches = self._empty_caches()
         rows = _indices(range(len(self._active), len(self._active) + count))
         for cache, source in zip(self._caches, reading.caches, strict=True):
             cache.put(rows, source, _indices([reading.row] * count))
@@ -252,9 +278,12 @@ class Engine:
         self._draw(reading.logits.expand(count, -1), entering)
         return entering
 
-    def _capacity(self) -> int:
-        # The last token drawn is never read.
-        return self._context - 1
+    def _empty_caches(self) -> list[Cache]:
+        capacity = self._context - 1  # the last token drawn is never read
+        return [
+            model.new_cache(self._slots, capacity, self._ahead).select(_indices([]))
+            for model in self._models
+        ]
 
     # --- drawing ---
 
@@ -283,18 +312,20 @@ class Engine:
         """As many tokens as the draft guesses, and one more, in every used slot."""
         (model, draft), (cache, draft_cache) = self._models, self._caches
         proposals = propose(draft, draft_cache, self._active, self._ahead)
-        logits = model(proposals.batch, cache).logits(slice(None))
-        if logits.shape[-1] != proposals.drafted.shape[-1]:
+        if self._vocabulary != proposals.drafted.shape[-1]:
             raise DataError(
                 f"the draft model has a vocabulary of {proposals.drafted.shape[-1]} tokens, the "
-                f"model one of {logits.shape[-1]}; a draft needs the model's own tokenizer"
+                f"model one of {self._vocabulary}; a draft needs the model's own tokenizer"
             )
+        logits = model(proposals.batch, cache).logits(slice(None))
         logits = logits.unflatten(0, proposals.batch.shape)
+        least = [writing.position + 1 for writing in self._active]
         self._judge(proposals, logits)
-        # All but the newest token; what failed got none, and leaves.
-        cache.rewind([w.position + (w.failure is not None) for w in self._active])
-        for writing in self._active:
-            writing.drafted = min(writing.drafted, writing.position + (writing.failure is not None))
+        # All but the newest token; what failed may have got none, and leaves.
+        lengths = [max(w.position, n) for w, n in zip(self._active, least, strict=True)]
+        cache.rewind(lengths)
+        for writing, length in zip(self._active, lengths, strict=True):
+            writing.drafted = min(writing.drafted, length)
         draft_cache.rewind([writing.drafted for writing in self._active])
 
     def _judge(self, proposals: Proposals, logits: Tensor) -> None:
@@ -328,8 +359,16 @@ class Engine:
         rows = [
             movers.pop() if self._active[place].finished else place for place in range(len(kept))
         ]
+        broken = any(isinstance(writing.failure, NonFinite) for writing in self._active)
         self._active = [self._active[row] for row in rows]
-        self._caches = [cache.select(_indices(rows)) for cache in self._caches]
+        if not broken:
+            self._caches = [cache.select(_indices(rows)) for cache in self._caches]
+            return
+        # What is not seen has weight 0, but 0 times NaN is NaN: broken memory is not used again.
+        old, self._caches = self._caches, self._empty_caches()
+        for cache, source in zip(self._caches, old, strict=True):
+            if rows:
+                cache.put(_indices(range(len(rows))), source, _indices(rows))
 
 
 def generate(

@@ -43,6 +43,8 @@ class Settings:
             raise ConfigError(f"top_p must lie in (0, 1] (1 keeps all tokens), got {self.top_p}")
         if any(stop < 0 for stop in self.stop_ids):
             raise ConfigError(f"stop_ids must be token ids, at least 0, got {self.stop_ids}")
+        if callable(self.ends) or not all(map(callable, self.ends)):
+            raise ConfigError(f"ends must be a tuple of functions of the tokens, got {self.ends}")
 
     @property
     def distribution(self) -> tuple[float, int, float]:

@@ -47,8 +47,9 @@ class Writing:
     stopped: bool = False
     """A stop token or condition ended it."""
     cancelled: bool = False
-    failure: NonFinite | None = None
-    """What kept it from being finished."""
+    failure: Exception | None = None
+    """What kept it from being finished: broken logits, a prompt that the model cannot read, or
+    what a condition raised."""
 
     drafted: int = field(default=0, init=False)
     """Tokens of prompt and completion that a draft model has read."""
@@ -84,14 +85,21 @@ class Writing:
         return len(self.prompt) + len(self.tokens) - 1
 
     def write(self, token: int, logprob: float, model_logprob: float) -> None:
-        """Append a token, and see whether it is the last."""
+        """Append a token, and see whether it is the last.
+
+        What a condition raises becomes the `failure`: the neighbours' tokens are still to come.
+        """
         self.tokens.append(token)
         self.logprob.append(logprob)
         self.model_logprob.append(model_logprob)
         settings = self.settings
-        self.stopped = token in settings.stop_ids or any(
-            ends(self.tokens) for ends in settings.ends
-        )
+        try:
+            self.stopped = token in settings.stop_ids or any(
+                ends(self.tokens) for ends in settings.ends
+            )
+        except Exception as error:  # the caller's own function may raise anything
+            error.add_note(f"raised by a stop condition of {self.name}, token {len(self.tokens)}")
+            self.failure = error
         if self.finished:
             self._streams.clear()
 
@@ -135,13 +143,16 @@ def begin(
             f"prompt {index} has shape {tuple(prompt.shape)}; a prompt is one row of at least one "
             "token (begin with BOS where there is no text)"
         )
-    if prompt.is_floating_point() or prompt.dtype is torch.bool:
+    if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype is torch.bool:
         raise DataError(f"prompt {index} is of {prompt.dtype}; a prompt is int64 token ids")
+    if prompt.device.type == "cpu" and int(prompt.min()) < 0:
+        raise DataError(f"prompt {index} holds the token {int(prompt.min())}; ids begin at 0")
     room = context - len(prompt)
     if room < 1:
         raise DataError(
-            f"prompt {index} has {len(prompt)} tokens, the model's context is {context}; "
-            "shorten it so that at least one new token fits"
+            f"prompt {index} has {len(prompt)} tokens, the model's context is {context} "
+            "(or its draft's, or the capacity asked for); shorten it so that at least one new "
+            "token fits"
         )
     return Writing(
         prompt=prompt,
@@ -157,7 +168,11 @@ def grouped(prompts: Sequence[Tensor], written: Sequence[Sequence[Writing]]) -> 
 
     Raises:
         NonFinite: some sequences were broken; all groups are its `finished`.
+        Exception: what a condition raised.
     """
+    for writing in (writing for writings in written for writing in writings):
+        if writing.failure is not None and not isinstance(writing.failure, NonFinite):
+            raise writing.failure
     groups = [
         Group(prompt=prompt, completions=tuple(writing.completion() for writing in writings))
         for prompt, writings in zip(prompts, written, strict=True)
