@@ -218,3 +218,12 @@ def test_spaces_and_counts_that_have_no_law_are_refused() -> None:
         best_of_n_logprob(reference, DISTINCT[:5], 2)
     with pytest.raises(NonFinite):
         best_of_n_logprob(reference, DISTINCT.masked_fill(DISTINCT > 4, torch.nan), 2)
+
+
+def test_rewards_finer_than_float32_are_told_apart() -> None:
+    settings = Settings(max_new_tokens=2)
+    rewards = torch.tensor([[2**24, 2**24 + 1]])
+    choose = best_of_n(sampler(small_gemma(), settings, 2), lambda _: rewards)
+    (best,) = choose([torch.tensor([4, 5])], Key(0))
+    assert best.index == 1
+    assert best.rewards.dtype == torch.float32

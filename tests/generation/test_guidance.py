@@ -311,3 +311,13 @@ def test_soft_caps_are_inside_each_stream() -> None:
     assert prediction.cap == 5.0
     logits = Guided(model, 9.0, always(torch.tensor([4, 5])))(batch).logits(slice(None))
     assert float(logits.amax() - logits.amin()) > 10.0
+
+
+def test_streams_that_cannot_be_combined_are_refused() -> None:
+    other = small_gemma(replace(CONFIG, vocab_size=CONFIG.vocab_size + 9))
+    bos = torch.tensor([3])
+    guided = Guided(small_gemma(), 2.0, always(bos), unconditional=other)
+    with pytest.raises(DataError, match="vocabulary of 61 tokens, the other one of 70"):
+        generate(guided, [torch.tensor([4, 5])], Settings(max_new_tokens=3), Key(0))
+    with pytest.raises(ConfigError, match="other prompt has up to 64 tokens"):
+        Guided(small_gemma(), 2.0, always(torch.full((64,), 3)))

@@ -90,9 +90,9 @@ def best_of_n(sample: Sampler, reward: RewardFn) -> Callable[[Sequence[Tensor], 
         if not groups:
             return []
         rewards = _checked(reward(groups), groups)
-        kept = rewards.argmax(dim=1).tolist()  # the first of equals
+        kept = rewards.double().argmax(dim=1).tolist()  # the first of equals
         return [
-            Best(group=group, index=index, rewards=row)
+            Best(group=group, index=index, rewards=row.float())
             for group, index, row in zip(groups, kept, rewards, strict=True)
         ]
 
@@ -257,4 +257,4 @@ def _checked(rewards: Tensor, groups: Sequence[Group]) -> Tensor:
             f"the reward of prompt {prompt}, sample {sample} is NaN ({len(broken)} in all); "
             "a reward must order the completions"
         )
-    return rewards.float()
+    return rewards

@@ -75,12 +75,24 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, strength: float) -
         conditional: n V.
         unconditional: n V.
         strength: gamma, at least 0.
+
+    Raises:
+        DataError: the streams have different vocabularies.
     """
     if strength in (0.0, 1.0):
         return conditional if strength else unconditional
+    _check_vocabulary(conditional, unconditional)
     first, second = conditional.float().log_softmax(-1), unconditional.float().log_softmax(-1)
     combined = strength * first + (1.0 - strength) * second
     return combined.masked_fill(first == -torch.inf, -torch.inf).log_softmax(-1)
+
+
+def _check_vocabulary(conditional: Tensor, unconditional: Tensor) -> None:
+    if conditional.shape[-1] != unconditional.shape[-1]:
+        raise DataError(
+            f"the conditional stream has a vocabulary of {conditional.shape[-1]} tokens, the other "
+            f"one of {unconditional.shape[-1]}; guidance needs models of one tokenizer"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +217,7 @@ class Guided(nn.Module):
                 one vocabulary.
 
         Raises:
-            ConfigError: `strength` negative or not finite.
+            ConfigError: `strength` negative or not finite, or no room behind the other prompt.
         """
         super().__init__()
         if not 0.0 <= strength < math.inf:
@@ -214,6 +226,11 @@ class Guided(nn.Module):
         self.unconditional = model if unconditional is None else unconditional
         self.strength = float(strength)
         self.unprompted = unprompted
+        if self.context < 2:
+            raise ConfigError(
+                f"the other prompt has up to {unprompted.longest} tokens, its model a context of "
+                f"{self.unconditional.context}; shorten it so that a completion fits behind it"
+            )
 
     @property
     def context(self) -> int:
@@ -372,6 +389,7 @@ class _Continued:
         else:
             unconditional = self.unconditional.logits(flat)
         if at:
+            _check_vocabulary(conditional, self.begun[at[0]])
             unconditional[ends] = torch.stack([self.begun[row] for row in at])
         return guided_logits(conditional, unconditional, self.guided.strength)
 
