@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cabochon.core import Group, Key, LinearPrediction, TokenBatch
 from cabochon.core.errors import ConfigError, DataError
-from cabochon.generation.engine import Settings, generate
+from cabochon.generation.engine import Engine, Settings, generate
 from cabochon.generation.guidance import Guided, Unprompted, always, guided_logits
 from cabochon.generation.score import score
 from cabochon.models.foreign import ForeignModel
@@ -321,3 +321,25 @@ def test_streams_that_cannot_be_combined_are_refused() -> None:
         generate(guided, [torch.tensor([4, 5])], Settings(max_new_tokens=3), Key(0))
     with pytest.raises(ConfigError, match="other prompt has up to 64 tokens"):
         Guided(small_gemma(), 2.0, always(torch.full((64,), 3)))
+
+
+def test_an_other_prompt_that_cannot_be_made_stops_the_reading_and_nothing_else() -> None:
+    def mistaken(prompt: torch.Tensor) -> torch.Tensor:
+        if len(prompt) == 3:
+            raise ValueError("a mistake of the caller")
+        return prompt[:1]
+
+    guided = Guided(small_gemma(), 2.0, Unprompted(of=mistaken, longest=1))
+    settings, prompts = Settings(max_new_tokens=4), [torch.tensor([4, 5]), torch.tensor([4, 5, 6])]
+    engine = Engine(guided)
+    good, bad = (
+        engine.add(prompt, settings, Key(0), index=index)[0] for index, prompt in enumerate(prompts)
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a mistake of the caller"):
+            engine.step()
+    engine.cancel(bad)
+    while not engine.idle:
+        engine.step()
+    (whole,) = generate(guided, prompts[:1], settings, Key(0))
+    assert good.tokens == whole.completions[0].tokens.tolist()

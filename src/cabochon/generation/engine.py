@@ -237,24 +237,27 @@ class Engine:
         ends = torch.tensor([len(piece) - 1 for piece in pieces])
         ends += torch.arange(len(pieces)) * batch.shape[1]
         whole = chosen[-1].done + len(pieces[-1]) == len(chosen[-1].prompt)
-        for which, (model, cache) in enumerate(zip(self._models, first.caches, strict=True)):
-            device = device_of(model, first.prompt)
-            try:
-                prediction = model(batch.to(device), cache)
-            except IndexError as error:  # of the embedding
-                self._refuse(chosen, error)
-            if whole and which == 0:
-                logits = prediction.logits(ends.to(device))
-                self._vocabulary = logits.shape[-1]
-                for row, reading in enumerate(chosen):
-                    reading.logits = logits[row : row + 1]
+        try:
+            for which, (model, cache) in enumerate(zip(self._models, first.caches, strict=True)):
+                device = device_of(model, first.prompt)
+                try:
+                    prediction = model(batch.to(device), cache)
+                except IndexError as error:  # of the embedding
+                    self._refuse(chosen, error)
+                if whole and which == 0:
+                    logits = prediction.logits(ends.to(device))
+                    self._vocabulary = logits.shape[-1]
+                    for row, reading in enumerate(chosen):
+                        reading.logits = logits[row : row + 1]
+        except BaseException:
+            for reading in chosen:  # half read: the next step begins them again
+                reading.caches, reading.row, reading.done, reading.logits = [], 0, 0, None
+            raise
         for reading, piece in zip(chosen, pieces, strict=True):
             reading.done += len(piece)
 
     def _refuse(self, chosen: Sequence[_Reading], error: IndexError) -> NoReturn:
-        """Take the prompt with the highest token out of the queue; the others are read again."""
-        for reading in chosen:
-            reading.caches, reading.row, reading.done, reading.logits = [], 0, 0, None
+        """Take the prompt with the highest token out of the queue."""
         worst = max(chosen, key=lambda reading: int(reading.prompt.max()))
         self._queue.remove(worst)
         refused = DataError(
