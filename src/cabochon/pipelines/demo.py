@@ -30,9 +30,9 @@ TABLES = frozenset({"encodings", "pydoc_data"})
 QUESTION = "Say in one sentence what this function does.\n\n"
 FULL_MINUTES = 4.5
 
-TEACH = Phase(steps=1500, rows=4, learning_rate=1e-2)
-LEARN = Phase(steps=700, rows=4, learning_rate=1e-2)
-TUNE = Phase(steps=250, rows=4, learning_rate=3e-3)
+TEACH = Phase(steps=1200, rows=4, learning_rate=1e-2)
+LEARN = Phase(steps=560, rows=4, learning_rate=1e-2)
+TUNE = Phase(steps=200, rows=4, learning_rate=3e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
