@@ -11,7 +11,7 @@ import torch
 from cabochon.cli import forecast
 from cabochon.cli.configuration import read
 from cabochon.cli.machine import DTYPES, model_folder, use_threads
-from cabochon.cli.output import answer, bytes_text, console, duration_text
+from cabochon.cli.output import answer, bytes_text, console, duration_text, say
 from cabochon.cli.recipe import Recipe, split_words
 from cabochon.cli.rows import Rows
 from cabochon.cli.session import begins_from_folder, config_for, load_tokenizer
@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     named = recipe.folders(settings)
     teachers = [forecast.folder_config(model_folder(path)) for path in named.values()]
     teacher = teachers[0] if teachers else None
+    tokens = run.batch_size * run.context
+    say(f"rehearsing an update of {tokens:,} tokens without contents; many tokens take minutes")
     memory, work = forecast.rehearse(recipe, settings, config, teacher)
     accumulate, steps = int(settings.method.accumulate), int(settings.method.steps)
     speed = forecast.measured_speed(
