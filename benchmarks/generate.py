@@ -142,6 +142,7 @@ def peer(folder: Path, dtype: str, kind: str, batch: int) -> list[Callable[[], i
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
         attn_implementation="eager",
     )
+    model.generation_config.eos_token_id = None  # the folder's would end rows by chance
     prompts, stops = work_list(kind, batch)
 
     def writer(cache: str) -> Callable[[], int]:

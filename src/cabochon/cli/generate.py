@@ -175,6 +175,8 @@ def _check_backend(settings: GenerateSettings) -> None:
             "--draft, --int8, --guidance and --negative are the engine's; the backend is "
             f"{settings.backend}"
         )
+    if settings.ahead != GenerateSettings.ahead and not settings.draft:
+        raise ConfigError("--ahead is how far a --draft looks; give one")
     if settings.negative and settings.guidance == 1.0:
         raise ConfigError("--negative has no effect at --guidance 1; give a strength, 1.5 perhaps")
     if at_server and (settings.precision, settings.device) != ("stored", "auto"):
