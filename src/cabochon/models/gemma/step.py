@@ -128,13 +128,14 @@ class Step:
         """
         config, batch = self._config, x.shape[:2]
         x = x.flatten(0, 1)
-        heads, shape = config.heads, (len(x), config.heads + 2 * config.kv_heads, config.head_width)
+        split = [config.heads, 2 * config.kv_heads]
+        shape = (len(x), sum(split), config.head_width)
         place, kinds = positions.reshape(-1), self._kinds
         same, across = (turn.index_select(0, place).index_select(1, kinds) for turn in self._turns)
         for layer, attend in zip(self._layers, attends, strict=True):
             qkv = layer.qkv(x).view(shape)
             turned = torch.addcmul(qkv * same, qkv.roll(config.head_width // 2, -1), across)
-            mixed = layer.attention_out(attend(turned[:, :heads], turned[:, heads:]))
+            mixed = layer.attention_out(attend(*turned.split(split, 1)))
             x = self._added(x, mixed, layer.attention_post_norm)
             x = self._added(x, layer.ffn_out(layer.gated(x)), layer.ffn_post_norm)
         hidden = self._unit(x).mul_(self._final).to(x.dtype).unflatten(0, batch)
