@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from cabochon.core import Key
@@ -39,3 +42,19 @@ def random_prompts(*lengths: int) -> list[torch.Tensor]:
         torch.randint(3, CONFIG.vocab_size, (length,), generator=Key(12).fold(place).generator())
         for place, length in enumerate(lengths)
     ]
+
+
+def small_llama(context: int, **changes: Any) -> Any:
+    """A model of transformers with the same vocabulary; large weights, so that it has opinions."""
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "vocab_size": CONFIG.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "initializer_range": 0.4,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | changes))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_gemma import CONFIG, random_prompts, small_gemma
+from small_gemma import CONFIG, random_prompts, small_gemma, small_llama
 from torch import Tensor
 
 from cabochon.core import Backbone, Cache, Completion, Group, Key, Prediction, TokenBatch
@@ -215,19 +215,7 @@ def test_an_engine_sees_an_update_at_its_next_step() -> None:
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_model_of_transformers_has_slots_too(samples: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    inner = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=61,
-            hidden_size=32,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=60,
-            initializer_range=0.4,
-        )
-    )
+    inner = small_llama(60)
     model, prompts = ForeignModel(inner.eval()), random_prompts(*LENGTHS)
     settings = ragged(len(prompts))
     together = generate(model, prompts, settings, Key(10), samples, rows=3)
@@ -301,7 +289,7 @@ def test_numbers_that_make_no_engine_are_refused() -> None:
         Engine(model).add(torch.ones(3), PLAIN, Key(0))
     with pytest.raises(DataError, match=f"{CONFIG.context} tokens"):
         Engine(model).add(random_prompts(CONFIG.context)[0], PLAIN, Key(0))
-    with pytest.raises(ConfigError, match="2 settings and 1 indices for 1 prompts"):
+    with pytest.raises(ConfigError, match="2 settings for 1 prompts"):
         generate(model, random_prompts(3), [PLAIN, PLAIN], Key(0))
 
 

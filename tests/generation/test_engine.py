@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_gemma import CONFIG, random_prompts, small_gemma
+from small_gemma import CONFIG, random_prompts, small_gemma, small_llama
 from torch import Tensor
 
 from cabochon.core import Cache, Completion, Group, Key, Prediction, TokenBatch
@@ -174,20 +174,7 @@ def test_greedy_writes_what_transformers_writes_also_beyond_the_window(tmp_path:
 
 
 def test_a_model_of_transformers_is_sampled_from_as_our_own_is():
-    transformers = pytest.importorskip("transformers")
-    inner = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=61,
-            hidden_size=32,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=30,
-            attention_dropout=0.5,
-            initializer_range=0.4,
-        )
-    )
+    inner = small_llama(30, attention_dropout=0.5)
     model, prompts = ForeignModel(inner.train()), random_prompts(5, 1, 12)
     settings = Settings(max_new_tokens=40, stop_ids=(4, 5, 6))
     groups = generate(model, prompts, settings, Key(13), 3)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_gemma import CONFIG, random_prompts, small_gemma
+from small_gemma import CONFIG, random_prompts, small_gemma, small_llama
 from torch import Tensor
 
 from cabochon.core import Backbone, Cache, Key, Prediction, TokenBatch
@@ -142,17 +142,7 @@ def test_a_draft_that_is_the_model_itself_is_never_refused() -> None:
 
 
 def test_a_draft_of_transformers_and_a_guided_model_can_be_combined() -> None:
-    transformers = pytest.importorskip("transformers")
-    inner = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=16,
-            intermediate_size=20,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=80,
-        )
-    )
+    inner = small_llama(80, num_hidden_layers=1)
     guided = Guided(small_gemma(), 1.7, always(torch.tensor([2])))
     prompts, greedy = random_prompts(*LENGTHS), Settings(max_new_tokens=20, temperature=0.0)
     plain = generate(guided, prompts, greedy, Key(6), rows=2)

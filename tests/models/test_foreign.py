@@ -178,6 +178,25 @@ def test_chosen_rows_go_on_as_they_would_have(pair) -> None:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+def test_tokens_that_were_taken_back_leave_neither_a_trace_nor_their_slots(pair) -> None:
+    ours, theirs = pair
+    right, wrong = random_rows(16, 40)
+    cache = ours.new_cache(1, 40)
+    ours(TokenBatch.of([right[:4]]), cache)
+    for at in range(4, 16):
+        tokens = torch.cat([right[at : at + 1], wrong[at + 1 : at + 5]])[None]
+        zeros = torch.zeros_like(tokens)
+        batch = TokenBatch(
+            tokens=tokens, positions=torch.arange(at, at + 5)[None], documents=zeros,
+            targets=tokens, mask=zeros == 0,
+        )  # fmt: skip
+        out = ours(batch, cache).logits(slice(0, 1))[0]
+        expected = hf_logits(theirs, right[: at + 1])[-1]
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+        cache.rewind([at + 1])
+        assert cache.held.shape[1] <= 2 * (at + 1)
+
+
 def test_a_row_that_begins_again_forgets_what_it_held(pair) -> None:
     ours, theirs = pair
     old, new = random_rows(7, 9)

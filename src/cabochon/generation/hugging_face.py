@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from cabochon.core import Group, Key, Sampler
-from cabochon.core.errors import ConfigError, MissingExtra, NonFinite
+from cabochon.core.errors import ConfigError, MissingExtra
+from cabochon.generation.drawing import draw_each
 from cabochon.generation.limits import for_each
 from cabochon.generation.modes import evaluating
-from cabochon.generation.sample import broken_rows, draw
 from cabochon.generation.settings import Settings
 from cabochon.generation.writing import Writing, begin, grouped
 from cabochon.models.foreign import ForeignModel
@@ -94,28 +94,13 @@ class _Draws:
     def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
         """The logits of one step (n V), or what is left of them: the drawn tokens alone."""
         rows = [row for row, writing in enumerate(self.writings) if not writing.finished]
-        for place in broken_rows(scores[rows]):
-            writing = self.writings[rows[place]]
-            writing.failure = NonFinite(
-                f"the model's logits are NaN, +inf or all -inf for {writing.name}, token "
-                f"{len(writing.tokens)}; look for NaN in its weights, or decode in float32"
-            )
+        draw_each(scores[rows], [self.writings[row] for row in rows])
         only = torch.full_like(scores, -torch.inf)
         only[:, 0] = 0.0  # whatever transformers takes for a row that is finished
-        alike: dict[tuple[float, int, float], list[int]] = {}
         for row in rows:
-            if self.writings[row].failure is None:
-                alike.setdefault(self.writings[row].settings.distribution, []).append(row)
-        for (temperature, top_k, top_p), chosen in alike.items():
-            some = [self.writings[row] for row in chosen]
-            numbers = torch.tensor([w.stream()[len(w.tokens)] for w in some], device=scores.device)
-            logits = scores[chosen]
-            drawn = draw(logits, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
-            left = torch.full_like(logits, -torch.inf)
-            only[chosen] = left.scatter_(1, drawn.tokens.unsqueeze(1), 0.0)
-            columns = (drawn.tokens.tolist(), drawn.logprob.tolist(), drawn.model_logprob.tolist())
-            for writing, *values in zip(some, *columns, strict=True):
-                writing.write(*values)
+            writing = self.writings[row]
+            if writing.failure is None:
+                only[row, 0], only[row, writing.tokens[-1]] = -torch.inf, 0.0
         return only
 
     def stop(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:

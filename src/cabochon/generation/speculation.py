@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from cabochon.core import Backbone, Cache, TokenBatch
+from cabochon.generation.drawing import by_distribution, fail
 from cabochon.generation.modes import device_of
 from cabochon.generation.sample import inverse_cdf, probabilities
 from cabochon.generation.writing import Token, Writing
 
-__all__ = ["Proposals", "accepted", "propose"]
+__all__ = ["Proposals", "accepted", "judge", "propose"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,33 @@ def accepted(
     tokens = torch.cat([proposed, last.unsqueeze(1)], 1)
     tokens[rows, kept] = last
     return _tokens(tokens, p, logits, kept, greedy=distribution[0] == 0.0)
+
+
+def judge(proposals: Proposals, logits: Tensor, writings: Sequence[Writing]) -> None:
+    """Write what each sequence gets; where it ends, the rest is dropped.
+
+    Args:
+        proposals: for n sequences, K each.
+        logits: n 1+K V: of the large model. A broken row is its sequence's `failure`.
+        writings: n of them.
+    """
+    held = proposals.batch.documents >= 0
+    broken = ((~logits.amax(-1).isfinite()) & held).any(1).tolist()
+    for writing, bad in zip(writings, broken, strict=True):
+        if bad:
+            fail(writing)
+    for distribution, rows in by_distribution(writings).items():
+        sound = [row for row in rows if not broken[row]]
+        if not sound:
+            continue
+        chosen = torch.tensor(sound, device=logits.device)
+        some = [writings[row] for row in sound]
+        written = accepted(proposals.rows(chosen), logits[chosen], some, distribution)
+        for writing, tokens in zip(some, written, strict=True):
+            for token in tokens:
+                writing.write(token.id, token.logprob, token.model_logprob)
+                if writing.finished:
+                    break
 
 
 def _tokens(

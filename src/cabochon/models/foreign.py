@@ -75,14 +75,10 @@ class ForeignCache:
         count = max(len(self._lengths), max(places) + 1)
         kept = torch.ones(len(self._lengths), dtype=torch.bool)
         kept[[place for place in places if place < len(kept)]] = False
-        # What lies before the longest past that stays is closed up: the slots only ever grow.
-        order = (~self.held).long().argsort(dim=1, stable=True)
-        longest = max([n for n, keep in zip(self._lengths, kept, strict=True) if keep], default=0)
-        order = order[:, :longest]
-        slots = max(longest, other.held.shape[1])
-        held, positions = self.held, self.positions
-        self.held = _room(held.gather(1, order), count, slots)
-        self.positions = _room(positions.gather(1, order), count, slots)
+        self._close_up(max([n for n, keep in zip(self._lengths, kept, strict=True) if keep] or [0]))
+        slots = max(self.held.shape[1], other.held.shape[1])
+        self.held = _room(self.held, count, slots)
+        self.positions = _room(self.positions, count, slots)
         self.held[rows], self.positions[rows] = False, 0
         self.held[rows, : other.held.shape[1]] = other.held[sources]
         self.positions[rows, : other.held.shape[1]] = other.positions[sources]
@@ -92,10 +88,9 @@ class ForeignCache:
             for name in ("keys", "values"):
                 brought = getattr(theirs, name)[sources]
                 filled = brought.new_zeros(count, brought.shape[1], slots, brought.shape[3])
-                if number < len(mine) and longest:
+                if number < len(mine):
                     old = getattr(mine[number], name)
-                    places_of = order[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
-                    filled[: len(old), :, :longest] = old.gather(2, places_of)
+                    filled[: len(old), :, : old.shape[2]] = old
                 filled[rows, :, : brought.shape[2]] = brought
                 both.append(filled)
             past.update(*both, number)
@@ -109,6 +104,18 @@ class ForeignCache:
         self._lengths = list(lengths)
         left = torch.tensor(self._lengths, device=self.held.device)
         self.held &= self.positions < left.unsqueeze(1)
+        if self.held.shape[1] > 2 * max(self._lengths):
+            self._close_up(max(self._lengths))
+
+    def _close_up(self, longest: int) -> None:
+        """Move what is held to the front and keep `longest` slots: else a cache only grows."""
+        order = (~self.held).long().argsort(dim=1, stable=True)[:, :longest]
+        self.held, self.positions = self.held.gather(1, order), self.positions.gather(1, order)
+        for layer in self.past.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                places = order[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+                setattr(layer, name, old.gather(2, places))
 
     def remember(self, batch: TokenBatch) -> None:
         """Make the slots for the new tokens known.
