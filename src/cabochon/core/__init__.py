@@ -16,14 +16,17 @@ if TYPE_CHECKING:
         Prediction,
         RewardFn,
         Sampler,
+        Teacher,
     )
     from cabochon.core.types import (
         Completion,
         Group,
         LinearPrediction,
         Loss,
+        SampledTargets,
         Step,
         TokenBatch,
+        TopKTargets,
         soft_cap,
     )
 
@@ -40,9 +43,12 @@ __all__ = [
     "Policy",
     "Prediction",
     "RewardFn",
+    "SampledTargets",
     "Sampler",
     "Step",
+    "Teacher",
     "TokenBatch",
+    "TopKTargets",
     "soft_cap",
 ]
 

@@ -11,9 +11,18 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor
 
 from cabochon.core.keys import Key
-from cabochon.core.types import Group, Loss, TokenBatch
+from cabochon.core.types import Group, Loss, SampledTargets, TokenBatch, TopKTargets
 
-__all__ = ["Backbone", "Cache", "Objective", "Policy", "Prediction", "RewardFn", "Sampler"]
+__all__ = [
+    "Backbone",
+    "Cache",
+    "Objective",
+    "Policy",
+    "Prediction",
+    "RewardFn",
+    "Sampler",
+    "Teacher",
+]
 
 M = TypeVar("M", contravariant=True)
 B = TypeVar("B", contravariant=True)
@@ -37,6 +46,17 @@ class Policy(Protocol):
 
     def __call__(self, batch: TokenBatch, /) -> Prediction:
         """Predictions at every position of the batch."""
+        ...
+
+
+class Teacher(Protocol):
+    """What a student learns from: any policy; or a file or server that says less than all.
+
+    The positions of the batch whose mask is True are asked for; of the others it need say nothing.
+    """
+
+    def __call__(self, batch: TokenBatch, /) -> Prediction | TopKTargets | SampledTargets:
+        """Its distribution over the next token, whole, cut to the likeliest, or drawn from."""
         ...
 
 

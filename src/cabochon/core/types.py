@@ -17,8 +17,10 @@ __all__ = [
     "Group",
     "LinearPrediction",
     "Loss",
+    "SampledTargets",
     "Step",
     "TokenBatch",
+    "TopKTargets",
     "soft_cap",
 ]
 
@@ -146,6 +148,30 @@ class LinearPrediction:
     def tempered(self, temperature: float) -> LinearPrediction:
         """The same prediction with its logits divided by `temperature` once more."""
         return replace(self, temperature=self.temperature * temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKTargets:
+    """A teacher's likeliest tokens at every position, and how likely all others are together."""
+
+    ids: Tensor
+    """B T k int64: different tokens; -1 where a position has fewer than k."""
+    logprob: Tensor
+    """B T k float32, nats: under the teacher's whole distribution; -inf where `ids` is -1."""
+    tail: Tensor
+    """B T float32, nats: log of the probability of every token that is not among `ids`, -inf if
+    none is left; NaN where the teacher says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTargets:
+    """Tokens that a teacher drew, with replacement, at every position."""
+
+    ids: Tensor
+    """B T m int64: different tokens; -1 where a position has fewer than m."""
+    share: Tensor
+    """B T m float32: of the position's draws, summing to 1 (0 where `ids` is -1); all 0 where the
+    teacher says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
