@@ -34,8 +34,8 @@ __all__ = [
     "Alpha",
     "ChiSquare",
     "FDivergence",
-    "JensenShannon",
     "Jeffreys",
+    "JensenShannon",
     "ReverseKL",
     "SquaredHellinger",
     "divergence",
@@ -503,6 +503,8 @@ def _alpha_pointwise(a: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Te
         """X E(e), through p^a q^(1 - a) = x exp(e d) where the exponential could overflow."""
         if e == 0.0:
             return _times(log_x, d)
+        if a == 1.0:  # here e = 1 and X = q
+            return difference
         far = _log_power(a, log_p, log_q).exp() - log_x.exp()
         near = log_x.exp() * (e * d).expm1()
         return torch.where((e * d).abs() < 1.0, near, far) / e
@@ -517,11 +519,9 @@ def _alpha_pointwise(a: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Te
 
 
 def _log_power(a: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """a log p + (1 - a) log q; -inf where both are."""
-    first = 0.0 if a == 0.0 else a * log_p
-    second = 0.0 if a == 1.0 else (1.0 - a) * log_q
+    """a log p + (1 - a) log q for a other than 0 and 1; -inf where both are."""
     both = (log_p == -math.inf) & (log_q == -math.inf)
-    return torch.as_tensor(first + second).masked_fill(both, -math.inf)
+    return (a * log_p + (1.0 - a) * log_q).masked_fill(both, -math.inf)
 
 
 def _jensen_shannon_pointwise(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
