@@ -21,8 +21,9 @@ from cabochon.core.errors import DataError
 from cabochon.core.types import TokenBatch
 from cabochon.models.continuation import continued
 from cabochon.models.gemma.config import GemmaConfig
+from cabochon.models.gemma.few import AttendFew, attend_few, hidden, places
 from cabochon.models.gemma.kernels import attention, attention_cached
-from cabochon.models.gemma.step import AttendFew, Step, curve
+from cabochon.models.gemma.step import Step
 
 __all__ = ["Attend", "GemmaCache"]
 
@@ -158,12 +159,13 @@ class GemmaCache:
         extent = self._advance(batch)
         plans = {}
         for window, size in self._slots_of.items():
-            slots = min(extent, size)
-            hidden = self._hidden(batch.positions[:, None, :, None], window, slots)
-            bias = torch.where(hidden, -torch.inf, 0.0)  # B 1 T S float32
-            plans[window] = (self._index(batch, window), bias, slots)
+            seen = self._slots[: min(extent, size)]
+            unseen = hidden(batch.positions[:, None, :, None], seen, window, size)
+            bias = torch.where(unseen, -torch.inf, 0.0)  # B 1 T S float32
+            plans[window] = (self._index(batch, window), bias)
         return [
-            self._attend_few(layer, *plans[window]) for layer, window in enumerate(self._windows)
+            attend_few(self._config, buffer, *plans[window])
+            for buffer, window in zip(self._buffers, self._windows, strict=True)
         ]
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -262,27 +264,18 @@ class GemmaCache:
         self._whole = all(spans)
         return max(1, *(span.stop for span in spans))
 
-    def _hidden(self, positions: Tensor, window: int, slots: int) -> Tensor:
-        """... S bool: what tokens at `positions` (... 1) do not see of the first slots."""
-        size = self._slots_of[window]
-        if size == window:
-            return self._slots[:slots] > positions
-        # How far back the newest token lies that may be in a slot; before position 0 lies none.
-        distance = (positions - self._slots[:slots]).remainder_(size)
-        return distance >= (positions + 1).clamp_(max=window)
-
     def _index(self, batch: TokenBatch, window: int) -> Tensor:
         size = self._slots_of[window]
         positions = batch.positions
         slot = positions if size == self._capacity else positions % size
         if positions.shape[1] == 1 and self._whole:
-            return (self._lines[size][: self.rows] + slot).flatten()
+            return places(self._lines[size][: self.rows], slot)
         kept = batch.documents >= 0
         if size < self._capacity and positions.shape[1] > 1:
             last = positions.masked_fill(~kept, -1).amax(1, keepdim=True)
             kept = kept & (positions > last - size)
         slot = slot.masked_fill(~kept, size)
-        return (self._lines[size][: self.rows, None] + slot.unsqueeze(-1)).flatten()
+        return places(self._lines[size][: self.rows], slot)
 
     def _plan(self, batch: TokenBatch, window: int, extent: int, *, fresh: bool) -> _Plan:
         index, size = self._index(batch, window), self._slots_of[window]
@@ -292,7 +285,7 @@ class GemmaCache:
             visible = self._ring_and_new(batch, window)
             return _Plan(index=index, visible=visible, slots=size, apart=True)
         slots = min(extent, size)
-        visible = ~self._hidden(batch.positions.unsqueeze(-1), window, slots)
+        visible = ~hidden(batch.positions.unsqueeze(-1), self._slots[:slots], window, size)
         return _Plan(index=index, visible=visible, slots=slots, apart=False)
 
     def _ring_and_new(self, batch: TokenBatch, window: int) -> Tensor:
@@ -335,30 +328,5 @@ class GemmaCache:
             if plan.apart:
                 remember(k, v)
             return mixed
-
-        return attend
-
-    def _attend_few(self, layer: int, index: Tensor, bias: Tensor, slots: int) -> AttendFew:
-        config, buffer = self._config, self._buffers[layer]
-        rows, used, width = self.rows, self.rows * config.kv_heads, config.head_width
-        keys, values = buffer[0, :used, :slots].transpose(1, 2), buffer[1, :used, :slots]
-        lines = buffer.view(-1, width)
-        few, group = bias.shape[2], config.heads // config.kv_heads
-        bend, _, unit = curve(config.scale, config.attention_cap)
-        score_shape = (rows, -1, few, slots)
-
-        def attend(queries: Tensor, new: Tensor) -> Tensor:
-            lines.index_copy_(0, index, new.reshape(-1, width))
-            if few == 1:
-                scores = torch.bmm(queries.reshape(used, group, width), keys)
-            else:
-                by_head = queries.view(rows, few, -1, group, width).permute(0, 2, 3, 1, 4)
-                scores = torch.bmm(by_head.reshape(used, -1, width), keys)
-            scores = bend(scores.float().view(score_shape))
-            probs = torch.add(bias, scores, alpha=unit).softmax(-1).to(new.dtype)
-            mixed = torch.bmm(probs.view(used, -1, slots), values)
-            if few > 1:
-                mixed = mixed.view(rows, -1, few, width).transpose(1, 2)
-            return mixed.reshape(rows * few, -1)
 
         return attend

@@ -22,13 +22,10 @@ from torch.nn.functional import gelu, linear
 
 from cabochon.core.errors import ConfigError
 from cabochon.models.gemma.config import GemmaConfig
+from cabochon.models.gemma.few import AttendFew, curve
 from cabochon.models.gemma.numerics import LARGEST_LOGISTIC_CAP
 
-__all__ = ["AttendFew", "Layout", "PackedPrediction", "Step", "curve", "int8", "packed"]
-
-AttendFew = Callable[[Tensor, Tensor], Tensor]
-"""Rotated queries, `curve`'s gain inside ((B T) N H), and new keys and values ((B T) 2K H) ->
-(B T) (N H), what attention mixes for them."""
+__all__ = ["Layout", "PackedPrediction", "Step", "int8", "packed"]
 
 Product = Callable[[Tensor], Tensor]
 """x (n I) -> n O."""
@@ -204,23 +201,6 @@ def _normed(
         return lambda x: folded(unit(x))
     multiply = product(weight)
     return lambda x: multiply(unit(x).mul_(scale).to(x.dtype))
-
-
-def curve(scale: float, cap: float | None) -> tuple[Callable[[Tensor], Tensor], float, float]:
-    """(f, gain, unit): unit f(gain q.k) is, but for a constant, the soft-capped scaled score.
-
-    cap tanh(z / cap) = 2 cap s(2 z / cap) - cap with the logistic function s, which is several
-    times faster; a softmax does not see the constant.
-    """
-    if cap is None:
-        return _unbent, scale, 1.0
-    if cap > LARGEST_LOGISTIC_CAP:
-        return torch.tanh_, scale / cap, cap
-    return torch.sigmoid_, 2.0 * scale / cap, 2.0 * cap
-
-
-def _unbent(scores: Tensor) -> Tensor:
-    return scores
 
 
 def _turns(cos: Tensor, sin: Tensor, config: GemmaConfig) -> tuple[Tensor, Tensor]:
