@@ -211,19 +211,6 @@ def result_of(nats: np.ndarray, tokens: np.ndarray) -> Perplexity:
     )
 
 
-def test_the_interval_of_many_equal_documents_is_that_of_the_central_limit_theorem():
-    # Equal lengths: the figure is a mean of n, and its 95% interval is +- 1.96 s / sqrt(n).
-    from cabochon.evaluation.perplexity import _bootstrap
-
-    count = 400
-    values = Key(1).numpy().normal(3.0, 0.5, size=count)
-    low, high = _bootstrap(values * 100.0, np.full(count, 100), Key(2))
-    half = 1.96 * values.std() / math.sqrt(count)
-    # A quantile of 1000 resamples is itself uncertain: about 0.06 standard errors each, so 10%.
-    assert high - low == pytest.approx(2 * half, rel=0.15)
-    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.3 * half)
-
-
 def test_one_document_has_no_interval_and_equal_ones_have_one_without_width():
     model, (document,) = small_gemma(), ids(6)
     assert perplexity(model, [document], bos_id=BOS).interval is None

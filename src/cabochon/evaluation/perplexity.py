@@ -20,18 +20,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import nn
 
 from cabochon.core import Backbone, Key, Policy, TokenBatch
 from cabochon.core.errors import ConfigError, DataError, NonFinite
+from cabochon.evaluation.intervals import bootstrap
 from cabochon.generation.modes import evaluating
 from cabochon.losses import cross_entropy
 
 __all__ = ["Comparison", "Perplexity", "compare", "perplexity"]
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +131,7 @@ def perplexity(
     return Perplexity(
         document_nats=tuple(nats),
         document_tokens=tuple(counts),
-        interval=_bootstrap(nats, counts, key or Key(0, ("bootstrap",))),
+        interval=bootstrap(nats, counts, key),
     )
 
 
@@ -155,7 +153,7 @@ def compare(first: Perplexity, second: Perplexity, *, key: Key | None = None) ->
     change = [b - a for a, b in zip(first.document_nats, second.document_nats, strict=True)]
     return Comparison(
         difference=math.fsum(change) / first.tokens,
-        interval=_bootstrap(change, first.document_tokens, key or Key(0, ("bootstrap",))),
+        interval=bootstrap(change, first.document_tokens, key),
         wins=sum(each < 0.0 for each in change),
         documents=len(change),
     )
@@ -229,24 +227,3 @@ def _check(nats: Sequence[float], counts: Sequence[int]) -> None:
                 f"document {index} costs {total} nats; look for NaN in the model's weights, "
                 "or evaluate in float32"
             )
-
-
-def _bootstrap(
-    sums: Sequence[float], counts: Sequence[int], key: Key
-) -> tuple[float, float] | None:
-    """95% percentile interval of sum / count over resampled documents.
-
-    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
-    """
-    if len(sums) < 2:
-        return None
-    total, count = np.asarray(sums), np.asarray(counts)
-    stream = key.numpy()
-    means = []
-    for _ in range(RESAMPLES):
-        chosen = stream.integers(len(sums), size=len(sums))
-        tokens = count[chosen].sum()
-        if tokens:
-            means.append(total[chosen].sum() / tokens)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
