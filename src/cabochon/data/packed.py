@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from cabochon.core.errors import ConfigError, DataError, FolderError, TokenizerMismatch
 from cabochon.core.keys import Key
 from cabochon.core.types import TokenBatch
+from cabochon.data.mapped import mapped
 from cabochon.data.order import Order
 from cabochon.files import sha256_of, whole
 
@@ -25,7 +26,6 @@ __all__ = ["Packed", "PackedManifest", "shard"]
 
 _MANIFEST = "manifest.json"
 _ROWS = "rows.safetensors"
-_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ class Packed:
                 f"{folder / _ROWS} is damaged: its SHA-256 is {found[:12]}..., the manifest says "
                 f"{expected[:12]}...; pack again"
             )
-        return Packed(manifest, _mapped(folder / _ROWS))
+        return Packed(manifest, mapped(folder / _ROWS))
 
 
 def shard(batch_size: int, start: int, rank: int, ranks: int) -> slice:
@@ -212,23 +212,6 @@ def shard(batch_size: int, start: int, rank: int, ranks: int) -> slice:
         raise ConfigError(f"batch_size {batch_size} cannot be shared equally by {ranks} ranks")
     own = batch_size // ranks
     return slice(rank * own, (rank + 1) * own)
-
-
-def _mapped(path: Path) -> dict[str, NDArray[Any]]:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: np.memmap(
-            path,
-            dtype=_DTYPES[entry["dtype"]],
-            mode="r",
-            offset=8 + size + entry["data_offsets"][0],
-            shape=tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }
 
 
 def _content_sha256(content: Mapping[str, Any]) -> str:
