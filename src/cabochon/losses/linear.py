@@ -10,11 +10,20 @@ import math
 import torch
 from torch import Tensor
 
-from cabochon.core import LinearPrediction, Loss, Prediction, TokenBatch
-from cabochon.core.errors import DataError, TokenizerMismatch
-from cabochon.losses.rows import RowSoftmax, blocks, dense_sums, linear_sums, wide
+from cabochon.core import (
+    Loss,
+    Prediction,
+    SampledTargets,
+    TokenBatch,
+    TopKTargets,
+)
+from cabochon.core.errors import ConfigError
+from cabochon.losses.divergences import DivergenceScore, TeacherRows, is_forward_kl
+from cabochon.losses.f_divergences import FDivergence
+from cabochon.losses.rows import Counted, RowScore, RowSoftmax, blocks, row_sums, row_terms
+from cabochon.losses.targets import SampledScore, TopKScore
 
-__all__ = ["cross_entropy", "distillation"]
+__all__ = ["cross_entropy", "distillation", "divergence", "divergence_values"]
 
 
 def cross_entropy(prediction: Prediction, batch: TokenBatch, *, chunk: int | None = None) -> Loss:
@@ -35,27 +44,19 @@ def cross_entropy(prediction: Prediction, batch: TokenBatch, *, chunk: int | Non
         DataError: a counted target is not in the vocabulary.
         ConfigError: `chunk` is not positive.
     """
-    rows, targets = _counted(batch)
-    if isinstance(prediction, LinearPrediction):
-        _check_targets(targets, prediction.head.shape[0])
-        score = _TargetScore(prediction, targets)
-        sums = linear_sums(prediction, rows, score, chunk)
-    else:
-
-        def dense(start: int, stop: int) -> Tensor:
-            logits = prediction.logits(rows[start:stop])
-            _check_targets(targets[start:stop], logits.shape[-1])
-            logprob = wide(logits).log_softmax(-1)
-            return -logprob.gather(-1, targets[start:stop, None]).sum()[None]
-
-        sums = dense_sums(dense, rows, 1, chunk)
-    return Loss(total=sums[0], weight=_count(rows))
+    counted = Counted.of(batch)
+    sums = row_sums(prediction, counted.rows, _TargetScore(prediction, counted), chunk)
+    return Loss(total=sums[0], weight=counted.weight)
 
 
 def distillation(
-    student: Prediction, teacher: Prediction, batch: TokenBatch, *, chunk: int | None = None
+    student: Prediction,
+    target: Prediction | TopKTargets | SampledTargets,
+    batch: TokenBatch,
+    *,
+    chunk: int | None = None,
 ) -> Loss:
-    """Summed cross-entropy -sum_x p_T(x) log p_S(x) to the teacher's full distribution, in nats.
+    """Summed cross-entropy -sum_x p_T(x) log p_S(x) to the teacher's distribution, in nats.
 
     Its gradient is that of KL(p_T || p_S), from which it differs by the teacher's entropy.
     Soft-caps and temperatures of both are inside their distributions. The teacher is a constant:
@@ -63,50 +64,124 @@ def distillation(
 
     Args:
         student: predictions of the positions of `batch`; as in `cross_entropy`.
-        teacher: predictions of the same positions over the same vocabulary.
+        target: what the teacher says of the same positions, over the same vocabulary: its whole
+            distribution, its likeliest tokens and the tail (the tail is one outcome), or draws
+            (an unbiased estimate of the whole).
         batch: gives the mask (and the targets of the report), B T.
         chunk: rows whose logits exist at once, as in `cross_entropy`.
 
     Returns:
-        The sum, the number of positions, and two further sums over them: ``kl``, KL(p_T || p_S),
-        which is 0 where student and teacher agree and positive elsewhere, and ``nll``, the
-        student's -log p_S(target), comparable with `cross_entropy`.
+        The sum, the number of positions, and further sums over them: ``nll``, the student's
+        -log p_S(target), comparable with `cross_entropy`; ``kl``, KL(p_T || p_S), which is 0 where
+        student and teacher agree and positive elsewhere (of the listed tokens and the tail, a
+        lower bound; draws have none); ``tail``, the teacher's probability of tokens not listed.
 
     Raises:
         TokenizerMismatch: student and teacher have vocabularies of different sizes.
-        DataError: a counted target is not in the vocabulary.
+        DataError: a counted target is not in the vocabulary; what the teacher says of a counted
+            position is missing or no distribution.
         ConfigError: `chunk` is not positive.
 
     Source: Gemma 2 report, arXiv:2408.00118, section 3.1.
     """
-    rows, targets = _counted(batch)
-    if isinstance(student, LinearPrediction):
-        vocabulary = student.head.shape[0]
-        _check_targets(targets, vocabulary)
-        if isinstance(teacher, LinearPrediction):
-            _check_vocabularies(vocabulary, teacher.head.shape[0])
-        score = _TeacherScore(student, teacher, rows, targets)
-        sums = linear_sums(student, rows, score, chunk)
+    counted = Counted.of(batch)
+    score: RowScore
+    names: tuple[str, ...]
+    if isinstance(target, TopKTargets):
+        score, names = TopKScore(student, target, counted, None), ("nll", "kl", "tail")
+    elif isinstance(target, SampledTargets):
+        score, names = SampledScore(student, target, counted), ("nll",)
     else:
+        score, names = _TeacherScore(student, target, counted), ("kl", "nll")
+    sums = row_sums(student, counted.rows, score, chunk)
+    return Loss(total=sums[0], weight=counted.weight, report=_report(names, sums))
 
-        def dense(start: int, stop: int) -> Tensor:
-            chosen = rows[start:stop]
-            logits = wide(student.logits(chosen))
-            with torch.no_grad():
-                wanted = wide(teacher.logits(chosen)).to(logits.dtype)
-                _check_vocabularies(logits.shape[-1], wanted.shape[-1])
-                _check_targets(targets[start:stop], logits.shape[-1])
-                teacher_logprob = wanted.log_softmax(-1)
-                teacher_prob = teacher_logprob.exp()
-            logprob = logits.log_softmax(-1)
-            divergence = (teacher_prob * (teacher_logprob - logprob)).sum(-1).clamp(min=0)
-            total = -(teacher_prob * logprob).sum()
-            nll = -logprob.gather(-1, targets[start:stop, None]).sum()
-            return torch.stack([total, divergence.sum(), nll])
 
-        sums = dense_sums(dense, rows, 3, chunk)
-    report = {"kl": sums[1].detach(), "nll": sums[2].detach()}
-    return Loss(total=sums[0], weight=_count(rows), report=report)
+def divergence(
+    student: Prediction,
+    target: Prediction | TopKTargets | SampledTargets,
+    batch: TokenBatch,
+    f: FDivergence,
+    *,
+    weights: Tensor | None = None,
+    chunk: int | None = None,
+) -> Loss:
+    """Summed D_f(p_T, p_S) = sum_x p_S(x) f(p_T(x) / p_S(x)), in nats for the KLs and their mixes.
+
+    Soft-caps and temperatures of both are inside their distributions. The teacher is a constant.
+    Logits of -inf are probabilities of 0; a divergence that is infinite there is inf.
+
+    Args:
+        student: predictions of the positions of `batch`; as in `cross_entropy`.
+        target: what the teacher says of the same positions, over the same vocabulary:
+
+            - its whole distribution, as a prediction: the divergence, exactly;
+            - its likeliest tokens and the tail: the divergence of those k + 1 outcomes, a lower
+              bound of the whole one that is exact where k is the vocabulary;
+            - draws: for KL(p_T || p_S) alone, an unbiased estimate of its cross-entropy, which
+              exceeds it by the teacher's entropy and has the same gradient.
+        batch: gives the mask (and the targets of the report), B T.
+        f: any object of `cabochon.losses.f_divergences`, or with its `pointwise`.
+        weights: B T, what multiplies each counted position's terms; 1 where absent. With
+            1 / (tokens of its sequence) the mean is one of sequences instead of tokens.
+        chunk: rows whose logits exist at once, as in `cross_entropy`.
+
+    Returns:
+        The weighted sum; as weight the sum of the weights (the number of positions where there are
+        none); and, weighted likewise, ``nll``, the student's -log p_S(target), and for likeliest
+        tokens ``kl`` and ``tail`` as in `distillation`.
+
+    Raises:
+        TokenizerMismatch: student and teacher have vocabularies of different sizes.
+        DataError: a counted target is not in the vocabulary; what the teacher says of a counted
+            position is missing, NaN or no distribution; weights of another shape or not finite.
+        ConfigError: `chunk` is not positive; draws with another f than KL(p_T || p_S).
+    """
+    counted = Counted.of(batch, weights)
+    score, names = _divergence_score(student, target, counted, f)
+    sums = row_sums(student, counted.rows, score, chunk)
+    return Loss(total=sums[0], weight=counted.weight, report=_report(names, sums))
+
+
+def divergence_values(
+    student: Prediction,
+    target: Prediction | TopKTargets | SampledTargets,
+    batch: TokenBatch,
+    f: FDivergence,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """n float32: what `divergence` sums, for each counted position in order, without gradient.
+
+    Arguments and errors are those of `divergence`.
+    """
+    counted = Counted.of(batch)
+    score, _ = _divergence_score(student, target, counted, f)
+    return row_terms(student, counted.rows, score, chunk)[:, 0].float()
+
+
+def _divergence_score(
+    student: Prediction,
+    target: Prediction | TopKTargets | SampledTargets,
+    counted: Counted,
+    f: FDivergence,
+) -> tuple[RowScore, tuple[str, ...]]:
+    """The score, and the names of its terms after the first."""
+    if isinstance(target, TopKTargets):
+        return TopKScore(student, target, counted, f), ("nll", "kl", "tail")
+    if not isinstance(target, SampledTargets):
+        return DivergenceScore(student, target, counted, f), ("nll",)
+    if not is_forward_kl(f):
+        raise ConfigError(
+            f"draws from the teacher cannot estimate {f.name}: it needs the probabilities of all "
+            "tokens, not only of those drawn; they estimate the cross-entropy of forward_kl alone. "
+            "Use a teacher that gives its likeliest tokens or its whole distribution"
+        )
+    return SampledScore(student, target, counted), ("nll",)
+
+
+def _report(names: tuple[str, ...], sums: Tensor) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in zip(names, sums[1:], strict=True)}
 
 
 class _TargetScore:
@@ -114,26 +189,26 @@ class _TargetScore:
 
     size = 1
 
-    def __init__(self, prediction: LinearPrediction, targets: Tensor) -> None:
-        self.softmax = RowSoftmax(prediction)
-        self.targets = targets
+    def __init__(self, prediction: Prediction, counted: Counted) -> None:
+        self.softmax = RowSoftmax.of(prediction)
+        self.counted = counted
 
     def __call__(self, raw: Tensor, span: slice, gradient: bool) -> Tensor:
-        sums = raw.new_zeros(self.size, dtype=torch.float64)
+        targets = self.counted.targets_within(raw.shape[-1], span)
+        terms = raw.new_empty(raw.shape[0], self.size, dtype=torch.float64)
         softmax = self.softmax
         for block in blocks(raw):
-            chosen = raw[block]
-            targets = self.targets[span][block, None]
+            chosen, wanted = raw[block], targets[block]
             inner, exponent = softmax.open(chosen)
-            at_target = exponent.gather(1, targets)
+            at_target = exponent.gather(1, wanted)
             power = exponent.exp2_()
             total = power.sum(-1, keepdim=True)
-            sums[0] += (total.log() - at_target * math.log(2.0)).sum()
+            terms[block] = total.log() - at_target * math.log(2.0)
             if gradient:
                 power.mul_(softmax.slope / total)
-                power.scatter_add_(1, targets, power.new_full(targets.shape, -softmax.slope))
+                power.scatter_add_(1, wanted, power.new_full(wanted.shape, -softmax.slope))
                 softmax.close(power, inner, chosen)
-        return sums
+        return terms
 
 
 class _TeacherScore:
@@ -141,77 +216,33 @@ class _TeacherScore:
 
     size = 3
 
-    def __init__(
-        self, student: LinearPrediction, teacher: Prediction, rows: Tensor, targets: Tensor
-    ) -> None:
-        linear = teacher if isinstance(teacher, LinearPrediction) else None
-        self.softmax = RowSoftmax(student)
-        self.teacher_softmax = RowSoftmax(linear)
-        self.teacher = teacher
-        self.vocabulary = student.head.shape[0]
-        self.rows = rows
-        self.targets = targets
+    def __init__(self, student: Prediction, teacher: Prediction, counted: Counted) -> None:
+        self.softmax = RowSoftmax.of(student)
+        self.teacher = TeacherRows(teacher)
+        self.counted = counted
 
     def __call__(self, raw: Tensor, span: slice, gradient: bool) -> Tensor:
-        sums = raw.new_zeros(self.size, dtype=torch.float64)
-        teacher_raw = self._teacher_raw(self.rows[span], raw)
+        targets = self.counted.targets_within(raw.shape[-1], span)
+        terms = raw.new_empty(raw.shape[0], self.size, dtype=torch.float64)
+        teacher_raw = self.teacher.raw(self.counted.rows[span], raw)
         softmax = self.softmax
         for block in blocks(raw):
             chosen = raw[block]
-            _, teacher_exponent = self.teacher_softmax.open(teacher_raw[block])
-            prob, teacher_total = self.teacher_softmax.powers(teacher_exponent)
+            _, teacher_exponent = self.teacher.softmax.open(teacher_raw[block])
+            prob, teacher_total = self.teacher.softmax.powers(teacher_exponent)
             prob.div_(teacher_total)
             inner, exponent = softmax.open(chosen)
             power, total = softmax.powers(exponent)
             log_total = total.double().log()
-            at_target = exponent.gather(1, self.targets[span][block, None]).double()
+            at_target = exponent.gather(1, targets[block]).double()
             # Differences first: where the two agree the sum is exactly 0, not rounding noise.
             divergence = teacher_exponent.sub_(exponent).mul_(prob).sum(-1, keepdim=True).double()
             divergence = divergence * math.log(2.0) + (log_total - teacher_total.double().log())
             cross = exponent.mul_(prob).sum(-1, keepdim=True).double()
-            sums[0] += (log_total - cross * math.log(2.0)).sum()
-            sums[1] += divergence.clamp(min=0).sum()  # rounding may leave -1e-7 of a zero
-            sums[2] += (log_total - at_target * math.log(2.0)).sum()
+            terms[block, :1] = log_total - cross * math.log(2.0)
+            terms[block, 1:2] = divergence.clamp(min=0)  # rounding may leave -1e-7 of a zero
+            terms[block, 2:] = log_total - at_target * math.log(2.0)
             if gradient:
                 power.div_(total).sub_(prob).mul_(softmax.slope)
                 softmax.close(power, inner, chosen)
-        return sums
-
-    def _teacher_raw(self, rows: Tensor, like: Tensor) -> Tensor:
-        if isinstance(self.teacher, LinearPrediction):
-            head = self.teacher.head
-            hidden = self.teacher.hidden.flatten(0, 1)[rows].to(head.dtype)
-            out = self.teacher_softmax.block("raw", like, head.dtype)
-            return torch.mm(hidden, head.T, out=out)
-        logits = wide(self.teacher.logits(rows))
-        _check_vocabularies(self.vocabulary, logits.shape[-1])
-        return logits
-
-
-def _counted(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Flat indices and targets of the positions that count."""
-    rows = batch.mask.flatten().nonzero().squeeze(1)
-    return rows, batch.targets.flatten()[rows]
-
-
-def _count(rows: Tensor) -> Tensor:
-    return torch.tensor(float(len(rows)), device=rows.device)
-
-
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    if len(targets) == 0:
-        return
-    low, high = (int(bound) for bound in targets.aminmax())
-    if low < 0 or high >= vocabulary:
-        raise DataError(
-            f"targets lie in [{low}, {high}], the model predicts {vocabulary} tokens; "
-            "use the tokenizer that belongs to the model"
-        )
-
-
-def _check_vocabularies(student: int, teacher: int) -> None:
-    if student != teacher:
-        raise TokenizerMismatch(
-            f"the student predicts {student} tokens, the teacher {teacher}; "
-            "distil with a teacher that has the student's tokenizer"
-        )
+        return terms

@@ -2,8 +2,8 @@
 
 `linear_sums` unembeds a chunk of rows into one reused buffer, has a `RowScore` write the gradient
 over the logits, and multiplies it out into the gradients of the hidden states and of the head while
-the chunk is still at hand, so the backward pass has nothing left to do but scale. `dense_sums` does
-the same for logits of any origin, through autograd.
+the chunk is still at hand, so the backward pass has nothing left to do but scale. `row_sums` does
+the same for predictions of any origin, which are asked for their logits chunk by chunk.
 
 The soft-cap is computed through the logistic function, cap tanh(z / cap) = cap (2 s - 1) with
 s = 1 / (1 + exp(-2 z / cap)), which vectorises several times better than tanh, and exponentials
@@ -18,17 +18,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cabochon.core import LinearPrediction
+from cabochon.core import LinearPrediction, Prediction, TokenBatch
 from cabochon.core.autocast import without_autocast
-from cabochon.core.errors import ConfigError
+from cabochon.core.errors import ConfigError, DataError
 
-__all__ = ["RowScore", "RowSoftmax", "blocks", "dense_sums", "linear_sums", "wide", "wide_dtype"]
+__all__ = [
+    "Counted",
+    "RowScore",
+    "RowSoftmax",
+    "blocks",
+    "linear_sums",
+    "row_sums",
+    "row_terms",
+    "wide",
+    "wide_dtype",
+]
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 """Logits of one chunk when the caller names no chunk: rows x vocabulary."""
@@ -46,14 +56,84 @@ class RowScore(Protocol):
     """A loss of independent rows of logits."""
 
     size: int
-    """How many sums it gives, the loss first."""
+    """How many terms a row has, the loss first."""
 
     def __call__(self, raw: Tensor, span: slice, gradient: bool) -> Tensor:
-        """The sums of the rows `span`, whose unembedded hidden states are `raw` (n V).
+        """Terms (n size, float64) of the rows `span`, whose unembedded hidden states are `raw`.
 
-        With `gradient`, d loss / d raw is written over `raw`.
+        With `gradient`, d loss / d raw (n V) is written over `raw`. It may be called again.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The positions of a batch that count, in order."""
+
+    rows: Tensor
+    """n int64: where they stand among the flat positions of (B T)."""
+    targets: Tensor
+    """n int64: the tokens that follow."""
+    weights: Tensor | None
+    """n float: what multiplies each one's terms; 1 where absent."""
+    length: int
+    """T."""
+
+    @staticmethod
+    def of(batch: TokenBatch, weights: Tensor | None = None) -> Counted:
+        """Those whose mask is True.
+
+        Raises:
+            DataError: `weights` is not B T, or not finite where it counts.
+        """
+        rows = batch.mask.flatten().nonzero().squeeze(1)
+        if weights is not None:
+            if weights.shape != batch.mask.shape:
+                raise DataError(
+                    f"weights have shape {tuple(weights.shape)}; the batch has "
+                    f"{tuple(batch.mask.shape)} positions, each of which needs one"
+                )
+            weights = weights.detach().to(rows.device).flatten()[rows]
+        counted = Counted(rows, batch.targets.flatten()[rows], weights, batch.shape[1])
+        if weights is not None:
+            counted.refuse(~weights.isfinite(), "weights are not finite")
+        return counted
+
+    @property
+    def weight(self) -> Tensor:
+        """The sum of the weights: how many positions there are, where none is given."""
+        if self.weights is None:
+            return torch.tensor(float(len(self.rows)), device=self.rows.device)
+        return self.weights.sum(dtype=torch.float64).float()
+
+    def targets_within(self, vocabulary: int, span: slice) -> Tensor:
+        """n 1: the targets of a span of the positions.
+
+        Raises:
+            DataError: one of them is not in the vocabulary.
+        """
+        targets = self.targets[span]
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise DataError(
+                f"targets lie in [{low}, {high}], the model predicts {vocabulary} tokens; "
+                "use the tokenizer that belongs to the model"
+            )
+        return targets[:, None]
+
+    def factor(self, span: slice, like: Tensor) -> Tensor | None:
+        """n 1: the weights of a span of the positions, in the type of `like`."""
+        return None if self.weights is None else self.weights[span, None].to(like.dtype)
+
+    def refuse(self, wrong: Tensor, what: str, start: int = 0) -> None:
+        """Raises a DataError that names the first position where `wrong` (n bool) is True."""
+        if bool(wrong.any()):
+            first = start + int(wrong.int().argmax())
+            row, position = divmod(int(self.rows[first]), self.length)
+            raise DataError(
+                f"{what} at {int(wrong.sum())} of {len(wrong)} counted positions, the first of "
+                f"them position {position} of row {row}"
+            )
 
 
 class RowSoftmax:
@@ -77,6 +157,11 @@ class RowSoftmax:
         # Capped logits this small cannot overflow: their highest need not be found first.
         self._tame = cap is not None and cap / temperature / math.log(2.0) < _TAME_OCTAVES
         self._buffers: dict[str, Tensor] = {}
+
+    @staticmethod
+    def of(prediction: Prediction) -> RowSoftmax:
+        """Of what `row_sums` hands to a score: a linear prediction's products, or any's logits."""
+        return RowSoftmax(prediction if isinstance(prediction, LinearPrediction) else None)
 
     def block(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor of the shape of `like`; the same memory each time."""
@@ -153,11 +238,7 @@ class _LinearRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "a chunked loss has no second derivative (create_graph=True was asked for); "
-                "compute this loss from prediction.logits instead"
-            )
+        _refuse_second_derivative()
         # Scaled in place and given away the first time; a retained graph makes them anew.
         gradients, ctx.ready = ctx.ready, None
         if gradients is None:
@@ -211,7 +292,7 @@ def _accumulate(
         span = slice(start, min(start + chunk, len(rows)))
         chosen = flat[span] if whole else flat[rows[span]]
         raw = torch.mm(chosen, head.T, out=buffer[: len(chosen)])
-        sums += work.score(raw, span, work.hidden_wanted or work.head_wanted)
+        sums += work.score(raw, span, work.hidden_wanted or work.head_wanted).sum(0)
         if grad_hidden is not None and whole:
             torch.mm(raw, head, out=grad_hidden[span])
         elif grad_hidden is not None:
@@ -240,28 +321,81 @@ def _add_product(total: Tensor, raw: Tensor, chosen: Tensor, *, first: bool) -> 
             block.add_(part)
 
 
-def dense_sums(
-    chunk_sums: Callable[[int, int], Tensor], rows: Tensor, size: int, chunk: int | None
-) -> Tensor:
-    """Adds `size` sums over spans of rows; each span's logits are made anew in the backward pass.
+class _LogitRows(torch.autograd.Function):
+    """Sums of a row loss of logits that are at hand, with their gradient made beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, score: RowScore, span: slice) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        raw = logits.to(wide_dtype(logits.dtype), copy=wanted)
+        sums = score(raw, span, wanted).sum(0)
+        if wanted:
+            ctx.save_for_backward(raw)
+            ctx.dtype = logits.dtype
+        return sums.to(raw.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None]:
+        _refuse_second_derivative()
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_sums[0]).to(ctx.dtype), None, None
+
+
+def row_sums(prediction: Prediction, rows: Tensor, score: RowScore, chunk: int | None) -> Tensor:
+    """The sums of `score` over the chosen flat positions; the first carries the gradient.
 
     Args:
-        chunk_sums: (start, stop) to the sums of rows start to stop (exclusive).
-        rows: n, only counted.
-        size: how many sums.
-        chunk: rows in a span; None for 512.
+        prediction: a `LinearPrediction` goes through `linear_sums`; any other is asked for its
+            logits chunk by chunk, and again in the backward pass.
+        rows: n int64, flat positions of (B T), each at most once.
+        score: the loss of a span of those rows.
+        chunk: rows whose logits exist at once; None for as many as make about 16 million logits
+            (512 where the vocabulary is not known beforehand).
 
     Raises:
         ConfigError: `chunk` is not positive.
     """
+    if isinstance(prediction, LinearPrediction):
+        return linear_sums(prediction, rows, score, chunk)
+
+    def scored(start: int, stop: int) -> Tensor:
+        logits = prediction.logits(rows[start:stop])
+        sums: Tensor = _LogitRows.apply(logits, score, slice(start, stop))
+        return sums
+
     step = _chunk_rows(chunk, _CHUNK_ELEMENTS["cpu"] // 512, rows.device)
-    sums = torch.zeros(size, device=rows.device)
+    sums = torch.zeros(score.size, device=rows.device)
     for start in range(0, len(rows), step):
         stop = min(start + step, len(rows))
-        sums = sums + checkpoint(
-            chunk_sums, start, stop, use_reentrant=False, preserve_rng_state=False
-        )
+        sums = sums + checkpoint(scored, start, stop, use_reentrant=False, preserve_rng_state=False)
     return sums
+
+
+@torch.no_grad()
+def row_terms(prediction: Prediction, rows: Tensor, score: RowScore, chunk: int | None) -> Tensor:
+    """n size float64: the terms of every chosen row, without a gradient; see `row_sums`."""
+    linear = prediction if isinstance(prediction, LinearPrediction) else None
+    vocabulary = _CHUNK_ELEMENTS["cpu"] // 512 if linear is None else linear.head.shape[0]
+    step = _chunk_rows(chunk, vocabulary, rows.device)
+    terms = torch.zeros(len(rows), score.size, dtype=torch.float64, device=rows.device)
+    for start in range(0, len(rows), step):
+        span = slice(start, min(start + step, len(rows)))
+        if linear is not None:
+            hidden = linear.hidden.flatten(0, 1)[rows[span]]
+            with without_autocast(hidden.device):
+                raw = hidden @ linear.head.to(hidden.dtype).T
+        else:
+            raw = wide(prediction.logits(rows[span]))
+        terms[span] = score(raw, span, False)
+    return terms
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "a chunked loss has no second derivative (create_graph=True was asked for); "
+            "compute this loss from prediction.logits instead"
+        )
 
 
 def _chunk_rows(chunk: int | None, vocabulary: int, device: torch.device) -> int:
