@@ -25,6 +25,7 @@ import torch
 from small_gemma import small_gemma
 
 from cabochon.core import Key, TokenBatch
+from cabochon.data.tokenizer import Tokenizer
 from cabochon.generation.engine import Settings, generate
 from cabochon.generation.transport import Transport
 from cabochon.models.gemma.convert import read_gemma
@@ -45,6 +46,8 @@ class World:
     processed: bool = True
     """--logprobs-mode processed_logprobs."""
     development: bool = True
+    tokenizer: Tokenizer | None = None
+    max_logprobs: int = 100
     faults: list[Fault] = field(default_factory=list)
     alter: Callable[[dict[str, Any]], Any] = lambda answer: answer
     """The last word on an answer to completions."""
@@ -130,7 +133,11 @@ def completions(world: World, body: dict[str, Any]) -> dict[str, Any]:
             raise Refused(f"{name} is computed by vLLM, not by this imitation")
     prompts = body["prompt"]
     if isinstance(prompts, str):
-        raise Refused("this server has no tokenizer")
+        if world.tokenizer is None:
+            raise Refused("this server has no tokenizer")
+        prompts = world.tokenizer.encode(prompts, bos=body.get("add_special_tokens", True))
+    if max(body.get("prompt_logprobs") or 0, body.get("logprobs") or 0) > world.max_logprobs:
+        raise Refused(f"more log-probabilities than max_logprobs {world.max_logprobs}")
     if isinstance(prompts[0], int):
         prompts = [prompts]
     count = body.get("max_tokens", 16)
@@ -193,7 +200,13 @@ def prompt_scores(model: Gemma, prompt: list[int], body: dict[str, Any]) -> dict
     if body.get("echo"):
         actual = law.gather(-1, torch.tensor(prompt[1:])[:, None]).squeeze(-1).tolist()
         names = [name_of(id_, body) for id_ in prompt]
-        found["logprobs"] = {"tokens": names, "token_logprobs": [None, *actual]}
+        most: list[Any] = [None]
+        for row in law:
+            shown = row.topk(body["logprobs"]).indices.tolist()
+            most.append({name_of(i, body): float(row[i]) for i in shown})
+        found["logprobs"] = {
+            "tokens": names, "token_logprobs": [None, *actual], "top_logprobs": most
+        }  # fmt: skip
         found["token_ids"] = None
     return found
 

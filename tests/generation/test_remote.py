@@ -448,8 +448,17 @@ def test_echo_scores_as_prompt_logprobs_do(endpoint: Endpoint) -> None:
     ):
         for found, logprob in zip(scores, expected, strict=True):
             torch.testing.assert_close(found.logprob, logprob, atol=1e-4, rtol=0)
-    with pytest.raises(ConfigError, match="with the 3 most probable"):
-        remote.score(echo, groups, top_k=3)
+
+
+def test_echo_reports_the_most_probable_as_prompt_logprobs_do(endpoint: Endpoint) -> None:
+    groups = remote.generate(endpoint, random_prompts(4, 7), SETTINGS, Key(1))
+    echo = replace(endpoint, dialect=replace(VLLM, scores="echo"))
+    pairs = zip(
+        remote.score(echo, groups, top_k=3), remote.score(endpoint, groups, top_k=3), strict=True
+    )
+    for (found,), (expected,) in pairs:
+        assert torch.equal(found.top_ids, expected.top_ids)
+        torch.testing.assert_close(found.top_logprob, expected.top_logprob)
 
 
 def test_log_probabilities_in_the_form_of_chats_are_read(world: World, endpoint: Endpoint) -> None:

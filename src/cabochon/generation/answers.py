@@ -226,7 +226,7 @@ def _scored(
                 f"asked to score {len(tokens)} tokens, got {len(values)} scores of {len(ids)} "
                 + ("" if len(ids) != len(tokens) else "others")
             )
-        entries = [{str(id_): value} for id_, value in zip(ids, values, strict=True)]
+        entries = _echoed(ids, values, choice["logprobs"].get("top_logprobs"), top_k)
     if len(entries) != len(tokens):
         raise ServerError(f"asked to score {len(tokens)} tokens, got {len(entries)} scores")
     logprob, top_ids, top_logprob = [], [], []
@@ -246,6 +246,18 @@ def _scored(
         top_ids=torch.tensor(top_ids, dtype=torch.int64, device=device).reshape(shape),
         top_logprob=torch.tensor(top_logprob, dtype=torch.float32, device=device).reshape(shape),
     )
+
+
+def _echoed(ids: list[int], values: list[Any], most: Any, top_k: int) -> list[Any]:
+    """Entries as vLLM's `prompt_logprobs` has them, from OpenAI's parallel lists."""
+    tops = _list(most) if top_k else []
+    if top_k and len(tops) != len(ids):
+        raise ServerError(f"asked to score {len(ids)} tokens, got the most probable of {len(tops)}")
+    entries = []
+    for place, (id_, value) in enumerate(zip(ids, values, strict=True)):
+        top = tops[place] if top_k and isinstance(tops[place], dict) else {}
+        entries.append({**{str(_token_id(k)): v for k, v in top.items()}, str(id_): value})
+    return entries
 
 
 def _entry(entry: Any, place: int) -> dict[int, float]:

@@ -169,16 +169,15 @@ def score(endpoint: Endpoint, groups: Sequence[Group], *, top_k: int = 0) -> lis
         top_k: how many of the most probable tokens to report beside each.
 
     Raises:
-        ConfigError: the server cannot score, or not with `top_k`.
+        ConfigError: the server cannot score.
         DataError: an empty prompt.
         ServerError: the server cannot be reached, refuses, or answers what cannot be used.
     """
     how = endpoint.dialect.scores
-    if how == "none" or (how == "echo" and top_k) or endpoint.text_of is not None:
+    if how == "none" or endpoint.text_of is not None:
         raise ConfigError(
-            f"{endpoint.dialect.name} cannot score given tokens"
-            + (f" with the {top_k} most probable beside them" if top_k else "")
-            + "; score with a local model, or with a server whose dialect can"
+            f"{endpoint.dialect.name} cannot score given tokens; score with a local model, or with "
+            "a server whose dialect can"
         )
     for number, group in enumerate(groups):
         if len(group.prompt) == 0:
@@ -304,7 +303,7 @@ def _score_request(endpoint: Endpoint, group: Group, top_k: int) -> Request[list
     how = endpoint.dialect.scores
     wanted: dict[str, Any] = {"prompt_logprobs": top_k, "max_tokens": 1}
     if how == "echo":
-        wanted = {"echo": True, "logprobs": 1, "max_tokens": 0}
+        wanted = {"echo": True, "logprobs": max(1, top_k), "max_tokens": 0}
     prompt = group.prompt.tolist()
     return Request(
         path=endpoint.path,

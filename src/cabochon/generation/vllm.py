@@ -43,6 +43,7 @@ __all__ = [
     "is_sleeping",
     "pause",
     "publish",
+    "read_models",
     "reload",
     "reset_prefix_cache",
     "resume",
@@ -101,7 +102,7 @@ def connect(transport: Transport, *, model: str = "") -> Endpoint:
         ConfigError: it serves several models, or not this one.
         ServerError: it cannot be reached, or does not answer as vLLM does.
     """
-    served = _request(transport, "v1/models", _models, method="GET")
+    served = _request(transport, "v1/models", read_models, method="GET")
     if model not in served and (model or len(served) != 1):
         raise ConfigError(
             f"{transport.url} serves {sorted(served)}; "
@@ -325,8 +326,12 @@ def _named(name: str, kind: type[A]) -> Callable[[Any], A]:
     return read
 
 
-def _models(answer: Any) -> dict[str, int | None]:
-    """Names of the served models, and the most tokens that each takes."""
+def read_models(answer: Any) -> dict[str, int | None]:
+    """Names of the served models, and the most tokens that each takes (None: it does not say).
+
+    Raises:
+        ServerError: the answer lists no model.
+    """
     listed = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(listed, list) or not listed:
         raise ServerError(f"the server lists no model: {str(answer)[:200]!r}")
