@@ -15,7 +15,6 @@ their own. Sizes, learning rates and lengths are ours: the report gives no learn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,7 @@ from torch.optim import Optimizer
 from cabochon import folders
 from cabochon.algorithms import pretrain, sft
 from cabochon.core import Key, Step, TokenBatch
-from cabochon.core.errors import DataError
 from cabochon.data.packed import Packed
-from cabochon.files import hashes_below, sha256_of
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.pipelines import findings
@@ -37,10 +34,12 @@ from cabochon.pipelines.stages import (
     Event,
     Observe,
     Stage,
+    hash_of,
     model_of,
     nobody,
     opened,
     probed,
+    torch_threads,
     trained,
     with_context,
 )
@@ -77,7 +76,7 @@ def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, ob
         held_out_chats=_absolute(config.held_out_chats),
     )
     read = (config.train, config.held_out, config.chats, config.held_out_chats)
-    inputs = {"seed": config.seed, "files": {path: _hash(path) for path in read}}
+    inputs = {"seed": config.seed, "files": {path: hash_of(path) for path in read}}
     pipeline = opened(folder, {"pipeline": "gemma2", **asdict(config)}, inputs)
     with pipeline.locked():
         name = Path(config.train).name
@@ -101,7 +100,7 @@ def build(
         observe: called with every event.
         about: `pipeline`, `title`, `text` and `repeat` of the results.
     """
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         work = _Work(config, prepared(config, folder, observe), folder, observe)
         teacher = _pretrained(work, "teacher", config.teacher, config.teach, None)
         scratch = _pretrained(work, "scratch", config.student, config.learn, None)
@@ -225,19 +224,3 @@ def _sized(work: _Work, shape: Shape) -> GemmaConfig:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve())
-
-
-def _hash(path: str) -> str | dict[str, str]:
-    if not Path(path).exists():
-        raise DataError(f"{path} does not exist; name a file or folder of texts")
-    return hashes_below(Path(path)) if Path(path).is_dir() else sha256_of(Path(path))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

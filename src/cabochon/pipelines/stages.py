@@ -10,6 +10,7 @@ import copy
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from torch.optim import Optimizer
 
 from cabochon import folders
 from cabochon.core import Step, TokenBatch
-from cabochon.core.errors import RunChanged
+from cabochon.core.errors import DataError, RunChanged
 from cabochon.data.tokenizer import Tokenizer
+from cabochon.files import hashes_below, sha256_of
 from cabochon.losses import cross_entropy
+from cabochon.models.foreign import ForeignModel
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.training import checkpoint
 from cabochon.training.checkpoint import TrainingState
@@ -34,10 +37,12 @@ __all__ = [
     "Event",
     "Observe",
     "Stage",
+    "hash_of",
     "model_of",
     "nobody",
     "opened",
     "probed",
+    "torch_threads",
     "trained",
     "with_context",
 ]
@@ -52,7 +57,7 @@ class Event:
     """Something to show to whoever is waiting."""
 
     stage: str
-    """corpus, tokenizer, data, teacher, scratch, distilled, tuned, evaluation, samples, report."""
+    """corpus, tokenizer, data, the name of a training, evaluation, samples, report."""
     steps: int
     """How many updates the stage makes in all; 0 if it does not train."""
     step: Step | None = None
@@ -102,7 +107,7 @@ def opened(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any])
 def trained(
     stage: Stage,
     folder: Path,
-    model: Gemma,
+    model: Gemma | ForeignModel,
     tokenizer: Tokenizer,
     optimizer: Optimizer,
     updates: Callable[[int], Iterator[Step]],
@@ -191,6 +196,28 @@ def probed(updates: Iterator[Step], model: Gemma, rows: TokenBatch, *, of: int) 
             yield replace(step, report={**step.report, "held_out": nats})
         else:
             yield step
+
+
+def hash_of(path: str) -> str | dict[str, str]:
+    """The SHA-256 of a file, or of every file of a folder.
+
+    Raises:
+        DataError: there is nothing.
+    """
+    if not Path(path).exists():
+        raise DataError(f"{path} does not exist; name a file or folder that does")
+    return hashes_below(Path(path)) if Path(path).is_dir() else sha256_of(Path(path))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Within the block torch has so many threads; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _telling(stage: Stage, observe: Observe) -> Callable[[Record], None]:
