@@ -39,8 +39,14 @@ __all__ = [
     "ReverseKL",
     "SquaredHellinger",
     "divergence",
+    "is_kl",
     "named",
 ]
+
+
+_NEARLY_KL = 0.2
+"""Exponents 1 / (a - 1) of alpha divergences nearer to KL than this are taken by logarithms: a
+rounding error of the base would grow by the exponent."""
 
 
 class FDivergence(Protocol):
@@ -90,6 +96,29 @@ class FDivergence(Protocol):
         """The u of that maximum: the inverse of `slope`, 0 below f'(0); inf from `sup` on."""
         ...
 
+    def warped(self, gap: Tensor) -> Tensor:
+        """What `lowered` takes in place of a gap: the part of its work that no u changes."""
+        ...
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        """The ratio whose slope is the gap >= 0 below that of u > 0, 0 where there is none.
+
+        It is (f*)'(f'(u) - gap) without the cancellation in f'(u) - gap; 0 at a gap of inf.
+        """
+        ...
+
+    def response(self, u: Tensor) -> Tensor:
+        """1 / f''(u), which is (f*)'' at f'(u): how fast the ratio follows the slope."""
+        ...
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        """The derivative of `response`; only asked for at u > 0."""
+        ...
+
+    def surplus(self, u: Tensor) -> Tensor:
+        """f*(f'(u)) + f(0), so 0 at u = 0; without f(0) where that is infinite."""
+        ...
+
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """q f(p / q) and its derivative by log q, q (f(u) - u f'(u)), at u = p / q.
 
@@ -121,6 +150,21 @@ class KL:
     def conjugate_slope(self, v: Tensor) -> Tensor:
         return v.exp()
 
+    def warped(self, gap: Tensor) -> Tensor:
+        return gap
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        return u * (-warped).exp()
+
+    def response(self, u: Tensor) -> Tensor:
+        return u
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        return torch.ones_like(u)
+
+    def surplus(self, u: Tensor) -> Tensor:
+        return u
+
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         return _alpha_pointwise(1.0, log_p, log_q)
 
@@ -146,6 +190,21 @@ class ReverseKL:
 
     def conjugate_slope(self, v: Tensor) -> Tensor:
         return 1.0 / (1.0 - v.clamp(max=1.0))
+
+    def warped(self, gap: Tensor) -> Tensor:
+        return gap
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        return u / (1.0 + u * warped)
+
+    def response(self, u: Tensor) -> Tensor:
+        return u * u
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        return 2.0 * u
+
+    def surplus(self, u: Tensor) -> Tensor:
+        return u.log()
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         return _alpha_pointwise(0.0, log_p, log_q)
@@ -217,6 +276,23 @@ class JensenShannon:
         free = (1.0 - self.beta * _expm1_over(v, rest)).clamp(min=0.0)
         return (rest * v).exp() / free
 
+    def warped(self, gap: Tensor) -> Tensor:
+        return _expm1_over(gap / self.scale, 1.0 - self.beta)
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        return u / (1.0 + (1.0 + self.beta * (u - 1.0)) * warped)
+
+    def response(self, u: Tensor) -> Tensor:
+        return u * (1.0 + self.beta * (u - 1.0)) / self.scale
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        return (1.0 + self.beta * (2.0 * u - 1.0)) / self.scale
+
+    def surplus(self, u: Tensor) -> Tensor:
+        if self.beta == 1.0:
+            return u.log()
+        return self.scale * _log1p_over(u / (1.0 - self.beta), self.beta)
+
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         if self.beta in (0.0, 1.0):
             return _alpha_pointwise(1.0 - self.beta, log_p, log_q)
@@ -247,6 +323,21 @@ class SquaredHellinger:
     def conjugate_slope(self, v: Tensor) -> Tensor:
         return (1.0 - v.clamp(max=1.0)) ** -2
 
+    def warped(self, gap: Tensor) -> Tensor:
+        return gap
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        return u / (1.0 + u.sqrt() * warped).square()
+
+    def response(self, u: Tensor) -> Tensor:
+        return 2.0 * u * u.sqrt()
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        return 3.0 * u.sqrt()
+
+    def surplus(self, u: Tensor) -> Tensor:
+        return u.sqrt()
+
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         value, by_log_q = _alpha_pointwise(0.5, log_p, log_q)
         return value * 0.5, by_log_q * 0.5
@@ -274,6 +365,21 @@ class ChiSquare:
 
     def conjugate_slope(self, v: Tensor) -> Tensor:
         return 1.0 + v.clamp(min=-1.0)
+
+    def warped(self, gap: Tensor) -> Tensor:
+        return gap
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        return (u - warped).clamp(min=0.0)
+
+    def response(self, u: Tensor) -> Tensor:
+        return torch.ones_like(u)
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+    def surplus(self, u: Tensor) -> Tensor:
+        return 0.5 * u * u
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         return _alpha_pointwise(2.0, log_p, log_q)
@@ -324,6 +430,26 @@ class Alpha:
     def conjugate_slope(self, v: Tensor) -> Tensor:
         return self._log_ratio(v).exp()
 
+    def warped(self, gap: Tensor) -> Tensor:
+        return gap
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        e = self.a - 1.0
+        if abs(e) < _NEARLY_KL:
+            return u * _log1p_over(-warped * _power(u, -e), e).exp()
+        return u * _power((1.0 - warped * (e * _power(u, -e))).clamp(min=0.0), 1.0 / e)
+
+    def response(self, u: Tensor) -> Tensor:
+        return _power(u, 2.0 - self.a)
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        return (2.0 - self.a) * _power(u, 1.0 - self.a)
+
+    def surplus(self, u: Tensor) -> Tensor:
+        if self.a > 0.0:
+            return _power(u, self.a) / self.a
+        return _expm1_over(u.log(), self.a)
+
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         return _alpha_pointwise(self.a, log_p, log_q)
 
@@ -355,6 +481,27 @@ class Jeffreys:
 
     def conjugate_slope(self, v: Tensor) -> Tensor:
         return self._log_ratio(v).exp()
+
+    def warped(self, gap: Tensor) -> Tensor:
+        return gap
+
+    def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
+        # The root y = log(u / result) of y + expm1(y) / u = gap: increasing, convex, from above.
+        gap = warped
+        y = torch.minimum(gap, (gap * u).log1p())
+        for _ in range(8):
+            excess = y.expm1() / u
+            y = y - (y - gap + excess) / (1.0 + 1.0 / u + excess)
+        return (u * (-y).exp()).masked_fill(gap == math.inf, 0.0)
+
+    def response(self, u: Tensor) -> Tensor:
+        return u * u / (1.0 + u)
+
+    def response_slope(self, u: Tensor) -> Tensor:
+        return u * (2.0 + u) / (1.0 + u).square()
+
+    def surplus(self, u: Tensor) -> Tensor:
+        return (u - 1.0) + u.log()
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         forward = _alpha_pointwise(1.0, log_p, log_q)
@@ -403,6 +550,12 @@ def named(name: str, parameter: float | None = None) -> FDivergence:
     return JensenShannon(parameter, "rescaled" if name == "jsd" else "paper")
 
 
+def is_kl(f: FDivergence) -> bool:
+    """It is KL(p || q), by whatever name."""
+    rescaled = isinstance(f, JensenShannon) and f.beta == 0.0
+    return isinstance(f, KL) or rescaled or (isinstance(f, Alpha) and f.a == 1.0)
+
+
 def divergence(f: FDivergence, p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """D_f(softmax(p_logits), softmax(q_logits)) of each row, differentiable by both (once).
 
@@ -434,13 +587,33 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        by_log_p, by_log_q = ctx.saved_tensors
-        return None, grad * by_log_p, grad * by_log_q
+        factors: tuple[Tensor, Tensor] = ctx.saved_tensors
+        return None, grad * factors[0], grad * factors[1]
 
 
 def _of_ratio(f: FDivergence, u: Tensor) -> Tensor:
     """f(u) from the stable form, with q = 1."""
     return f.pointwise(u.log(), torch.zeros_like(u))[0]
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """X ** exponent for x >= 0; halves of small whole numbers by products and roots."""
+    halves = 2.0 * abs(exponent)
+    if not (halves.is_integer() and 0.0 < halves <= 16.0):
+        power: Tensor = x.pow(exponent)
+        return power
+    whole, half = divmod(int(halves), 2)
+    factors = [torch.sqrt(x)] if half else []
+    square = x
+    while whole:
+        if whole % 2:
+            factors.append(square)
+        whole //= 2
+        square = torch.square(square) if whole else square
+    made = factors.pop()
+    for factor in factors:
+        made = made * factor
+    return made if exponent > 0.0 else torch.reciprocal(made)
 
 
 def _expm1_over(x: Tensor, e: float) -> Tensor:
@@ -485,8 +658,8 @@ def _near_one(log_ratio: Tensor, rates: tuple[float, float, float]) -> Tensor:
 
 def _small(log_ratio: Tensor, rate: float) -> Tensor:
     """Where four terms of the series are as good as the type can say."""
-    limit = torch.finfo(log_ratio.dtype).eps ** 0.2
-    return log_ratio.abs() * max(1.0, abs(rate)) < limit
+    limit = math.pow(torch.finfo(log_ratio.dtype).eps, 0.2)
+    return log_ratio.abs() < limit / max(1.0, abs(rate))
 
 
 def _alpha_pointwise(a: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
