@@ -1,0 +1,72 @@
+"""What sequences were like that a model wrote and learns from: sums in a report, then metrics.
+
+`fit` divides every sum of a report by the loss's weight, whatever that counts. Ratios of two such
+sums do not depend on it, nor on how a batch was split over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cabochon.core import Prediction
+from cabochon.data.continuations import Sequences
+
+__all__ = ["metrics", "sums"]
+
+RATIOS = {
+    "completion_tokens": ("sum_tokens", "sum_rows"),
+    "on_policy": ("sum_own", "sum_rows"),
+    "stopped": ("sum_stopped", "sum_own"),
+    "reward": ("sum_reward", "sum_own"),
+    "logprob_gap": ("sum_gap", "sum_compared"),
+}
+"""Metric -> the two sums whose ratio it is."""
+
+
+@torch.no_grad()
+def sums(drawn: Sequences, prediction: Prediction) -> dict[str, Tensor]:
+    """Sums over one micro-batch, for `Loss.report`.
+
+    The recorded log-probabilities are compared with the training forward's on the first sequence
+    that the model wrote itself: one is enough to see a sampler that computes something else.
+
+    Args:
+        drawn: B rows.
+        prediction: of the rows as they are now, at temperature 1.
+    """
+    batch, own = drawn.batch, drawn.own.float()
+    compared = torch.zeros_like(batch.mask)
+    first = drawn.own.nonzero().flatten()[:1]
+    compared[first] = batch.mask[first]
+    rows = compared.flatten().nonzero().flatten()
+    targets = batch.targets.flatten()[rows]
+    now = prediction.logits(rows).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    gap = (now - drawn.recorded.flatten()[rows]).abs().sum()
+    return {
+        "sum_rows": torch.tensor(float(len(own)), device=own.device),
+        "sum_tokens": batch.mask.sum().float(),
+        "sum_own": own.sum(),
+        "sum_stopped": (drawn.stopped * own).sum(),
+        "sum_reward": (drawn.reward * own).sum(),
+        "sum_gap": gap.float(),
+        "sum_compared": compared.sum().float(),
+    }
+
+
+def metrics(report: Mapping[str, float]) -> dict[str, float]:
+    """The report with metrics in place of the sums; those of no sequence at all are left out.
+
+    completion_tokens  mean length of what was written, by the model or by another
+    on_policy          share of the sequences that the model wrote itself; of these,
+    stopped            the share that a stop token ended,
+    reward             their mean reward (where there is one),
+    logprob_gap        nats: mean |recorded - recomputed log-probability| of a token
+    """
+    found = {name: value for name, value in report.items() if not name.startswith("sum_")}
+    for name, (numerator, denominator) in RATIOS.items():
+        if report.get(denominator, 0.0) > 0.0:
+            found[name] = report[numerator] / report[denominator]
+    return found
