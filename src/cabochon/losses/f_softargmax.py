@@ -32,7 +32,17 @@ from cabochon.core.errors import ConfigError, DataError
 from cabochon.losses.f_divergences import FDivergence, is_kl
 from cabochon.losses.rows import wide_dtype
 
-__all__ = ["Measure", "f_softargmax", "f_softmax", "maximum", "measured", "ratios"]
+__all__ = [
+    "Found",
+    "Measure",
+    "Task",
+    "f_softargmax",
+    "f_softmax",
+    "maximum",
+    "measured",
+    "ratios",
+    "solve",
+]
 
 Measure = float | Tensor
 """The reference measure q: one number for every class, or a tensor of V or of the logits' shape. It
@@ -157,7 +167,7 @@ class _Maximum(torch.autograd.Function):
         value: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = logits.detach().reshape(-1, logits.shape[-1])
-        found = _solve(_Task(f, rows, _by_row(measure, rows), temperature, value))
+        found = solve(Task(f, rows, _by_row(measure, rows), temperature, value))
         prob, highest = found.prob.view(logits.shape), found.highest.view(logits.shape[:-1])
         ctx.save_for_backward(prob)
         ctx.mark_non_differentiable(highest)
@@ -225,29 +235,40 @@ def _jacobian_product(f: FDivergence, prob: Tensor, measure: Measure, vector: Te
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What to solve: logits (n V); q, which is a number, V or n V."""
+class Task:
+    """What to solve."""
 
     f: FDivergence
     rows: Tensor
+    """n V: logits."""
     measure: Measure
+    """q: a number, V or n V. Where it is 0 the logits are -inf."""
     temperature: float
     value: bool
+    """Whether `Found.level` is wanted."""
 
 
 @dataclass(frozen=True)
-class _Found:
-    """p (n V), softmax_f above the highest logit (n, or nothing), the highest logit (n 1)."""
+class Found:
+    """The solution of a `Task`."""
 
     prob: Tensor
+    """n V: p."""
     level: Tensor
+    """n: softmax_f as `maximum` gives it; empty where it was not wanted."""
     highest: Tensor
+    """n 1: the highest logits."""
 
 
-def _solve(task: _Task) -> _Found:
+def solve(task: Task) -> Found:
+    """The f-softargmax of each row, without a gradient.
+
+    Raises:
+        DataError: a row has no finite highest logit.
+    """
     rows = task.rows
     prob = rows.new_empty(rows.shape, dtype=wide_dtype(rows.dtype))
-    found = _Found(
+    found = Found(
         prob, prob.new_empty(len(rows) if task.value else 0), prob.new_empty(len(rows), 1)
     )
     kept: list[Tensor] = []
@@ -269,7 +290,7 @@ def _solve(task: _Task) -> _Found:
     return found
 
 
-def _solve_block(task: _Task, block: slice, gap: Tensor, found: _Found) -> None:
+def _solve_block(task: Task, block: slice, gap: Tensor, found: Found) -> None:
     q = _of_block(task.measure, block)
     ratio, top = ratios(task.f, gap, q)
     if task.value:
@@ -277,7 +298,7 @@ def _solve_block(task: _Task, block: slice, gap: Tensor, found: _Found) -> None:
     torch.mul(ratio, q, out=found.prob[block])
 
 
-def _solve_softmax(task: _Task, block: slice, found: _Found) -> None:
+def _solve_softmax(task: Task, block: slice, found: Found) -> None:
     """KL: p is proportional to q exp(t)."""
     q = _of_block(task.measure, block)
     power = (task.rows[block] - found.highest[block]).div_(task.temperature)
@@ -300,7 +321,7 @@ def _level(f: FDivergence, found: Tensor, top: Tensor, measure: Measure) -> Tens
     return (part * measure).sum(-1) - f.slope(top).squeeze(-1)
 
 
-def _candidates(task: _Task, block: slice, highest: Tensor) -> Tensor | None:
+def _candidates(task: Task, block: slice, highest: Tensor) -> Tensor | None:
     """(row, column) of the logits of a block that can have a probability; None if too many.
 
     The ratio at the highest logit is at most 1 / q there, and slopes below f'(0) give nothing, so
@@ -334,7 +355,7 @@ def _candidates(task: _Task, block: slice, highest: Tensor) -> Tensor | None:
 
 
 def _padded(
-    task: _Task, near: Tensor, highest: Tensor, first: int
+    task: Task, near: Tensor, highest: Tensor, first: int
 ) -> tuple[Tensor, Measure, tuple[Tensor, Tensor]]:
     """(gaps of the rows in `near`, m c, filled up with inf; q; where each entry of `near` is).
 
@@ -354,7 +375,7 @@ def _padded(
     return gap, q, (place, slot)
 
 
-def _solve_candidates(task: _Task, near: Tensor, found: _Found) -> None:
+def _solve_candidates(task: Task, near: Tensor, found: Found) -> None:
     """Solve the rows that `near` (row, column; in order) names, from those entries alone."""
     gap, q, place = _padded(task, near, found.highest, 0)
     ratio, top = ratios(task.f, gap, q)
