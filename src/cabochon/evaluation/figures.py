@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Interval", "Line", "available", "curves_svg", "intervals_svg", "summary_png"]
+__all__ = [
+    "Interval",
+    "Line",
+    "available",
+    "curves_svg",
+    "drawn_svg",
+    "intervals_svg",
+    "short",
+    "styled",
+    "summary_png",
+]
 
 INK, MUTED, RULE, GROUND = "#14181d", "#5d6875", "#dfe4ea", "#fefefe"
 COLOURS = {
@@ -30,6 +40,11 @@ COLOURS = {
     "distilled": "#0a6cb3",
     "tuned": "#0b8562",
     "plain": "#0a6cb3",
+    "offline": "#b8321a",
+    "diverse": "#8c6a00",
+    "more_prompts": "#7b3fa0",
+    "online_teacher": "#0b5fa5",
+    "online_student": "#00796b",
 }
 """By the role of what is drawn; after the palette of Okabe and Ito, darkened for small text."""
 
@@ -96,10 +111,10 @@ def curves_svg(lines: Sequence[Line], *, x_label: str, y_label: str, name: str) 
         y_label: with its unit; stands above the axis.
         name: begins the ids in the element, so that a page can hold several.
     """
-    with _style():
+    with styled():
         figure, axes = _figure(5.4, 3.1)
         _draw_curves(axes, lines, x_label=x_label, y_label=y_label)
-        return _svg(figure, name)
+        return drawn_svg(figure, name)
 
 
 def intervals_svg(rows: Sequence[Interval], *, x_label: str, name: str, zero: bool = False) -> str:
@@ -111,10 +126,10 @@ def intervals_svg(rows: Sequence[Interval], *, x_label: str, name: str, zero: bo
         name: begins the ids in the element.
         zero: the axis reaches 0, which is marked: for differences.
     """
-    with _style():
+    with styled():
         figure, axes = _figure(5.4, 0.75 + 0.5 * len(rows))
         _draw_intervals(axes, rows, x_label=x_label, zero=zero)
-        return _svg(figure, name)
+        return drawn_svg(figure, name)
 
 
 def summary_png(
@@ -135,7 +150,7 @@ def summary_png(
         raise MissingExtra("matplotlib", "report", "drawing a picture")
     from matplotlib.figure import Figure
 
-    with _style():
+    with styled():
         figure = Figure(figsize=(10.4, 4.7), facecolor="white")
         grid = figure.add_gridspec(
             2,
@@ -182,7 +197,7 @@ def _draw_curves(axes: Axes, lines: Sequence[Line], *, x_label: str, y_label: st
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(*_limits(lines))
     axes.set_xlim(0, max(max(line.x) for line in lines))
@@ -254,13 +269,15 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _style() -> Any:
+def styled() -> Any:
+    """Within the block matplotlib draws in the style of this module."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def drawn_svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG element for a page; `name` begins its ids."""
     text = io.StringIO()
     figure.savefig(
         text,
@@ -290,7 +307,7 @@ def _for_page(svg: str, name: str) -> str:
     return svg
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """250000 -> 250k, so that an axis stays readable on a phone."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:.3g}M"

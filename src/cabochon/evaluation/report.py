@@ -24,6 +24,8 @@ The page is made from files alone, so it can be made again at any time, and whil
     continuations: [{prompt, reference, and what each model wrote by its name}]
     answers: [{source, question, reference, before, after}]
 
+(That of `teacher_hacking` is in `evaluation.hacking_page`.)
+
 Intervals are 95%. Figures that differ from machine to machine (seconds, bytes of memory) are in
 times.json and metrics.jsonl only.
 """
@@ -42,7 +44,7 @@ import yaml
 from markupsafe import Markup
 
 from cabochon.core.errors import FolderError
-from cabochon.evaluation import figures
+from cabochon.evaluation import figures, hacking_page
 from cabochon.evaluation.figures import Interval, Line
 from cabochon.evaluation.wording import (
     NAMES,
@@ -99,7 +101,9 @@ def render(folder: Path) -> Path:
     Raises:
         FolderError: it is neither, or a file in it is damaged.
     """
-    page = _template().render(_page(folder))
+    content = _page(folder)
+    hacking = content["results"] and content["results"]["pipeline"] == "teacher_hacking"
+    page = _template("hacking" if hacking else "report").render(content)
     path = folder / "report.html"
     write_whole(path, page)
     return path
@@ -115,6 +119,9 @@ def picture(folder: Path, path: Path) -> Path:
     results = _results(folder)
     if results is None:
         raise FolderError(f"{folder} holds no results.json: the pipeline has not come to its end")
+    if results["pipeline"] == "teacher_hacking":
+        hacking_page.picture(results, path)
+        return path
     comparison = results["comparison"]
     corpus = results["corpus"]
     figures.summary_png(
@@ -159,7 +166,9 @@ def _page(folder: Path) -> dict[str, Any]:
         "difference": None,
     }
     page["longest"] = max((each["seconds"] for each in page["stages"]), default=0) or 1.0
-    if results is not None:
+    if results is not None and results["pipeline"] == "teacher_hacking":
+        page |= hacking_page.findings(results)
+    elif results is not None:
         page |= _findings(results, trainings)
     elif not alone:
         page["title"] = f"Pipeline {folder.resolve().name}, unfinished"
@@ -387,7 +396,7 @@ def _times(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8")))
 
 
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -396,4 +405,4 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["count"] = count_text
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(f"{name}.html.jinja")
