@@ -53,9 +53,10 @@ class _Side:
         return (self.exponent - self.total.log2()) * _LN2
 
 
-_Block = Callable[[_Side, _Side, Tensor], tuple[Tensor, Tensor, float]]
-"""(teacher, student, log2 of the student's total over the teacher's: n 1) to (value n 1 in nats,
-gradient by the student's logits n V over a factor, that factor)."""
+_Outcome = tuple[Tensor, Tensor, Tensor]
+"""(value n 1 in nats, gradient by the student's logits n V over a factor, that factor n 1)."""
+_Block = Callable[[_Side, _Side, Tensor], _Outcome]
+"""Of teacher and student, and log2 of the student's total over the teacher's, n 1."""
 
 
 class TeacherRows:
@@ -122,10 +123,10 @@ class DivergenceScore:
                 value, by_logit, factor = _pointwise(self.f, teacher, student)
             terms[block, :1] = value
             if gradient:
-                scale = torch.full_like(student.total, factor * softmax.slope)
+                factor = factor * softmax.slope
                 if weights is not None:
-                    scale *= weights[block]
-                softmax.close(by_logit.mul_(scale), inner, chosen)
+                    factor = (factor * weights[block]).to(by_logit.dtype)
+                softmax.close(by_logit, inner, chosen, factor)
         if weights is not None:
             terms *= weights
         return terms
@@ -189,38 +190,41 @@ def _quick(f: FDivergence) -> _Block | None:
     return None
 
 
-def _forward_kl(teacher: _Side, student: _Side, shift: Tensor) -> tuple[Tensor, Tensor, float]:
-    prob = teacher.power.div_(teacher.total)
-    by_logit = student.power.div_(student.total).sub_(prob)
+def _forward_kl(teacher: _Side, student: _Side, shift: Tensor) -> _Outcome:
     # Differences first: where the two agree the sum is exactly 0, not rounding noise.
     log_ratio = teacher.exponent.sub_(student.exponent)
-    mean = log_ratio.mul_(prob).sum(-1, keepdim=True)
-    return _rounded((mean.double() + shift) * _LN2), by_logit, 1.0
+    mean = log_ratio.mul_(teacher.power).sum(-1, keepdim=True) / teacher.total
+    prob = teacher.power.mul_(student.total / teacher.total)
+    by_logit = student.power.sub_(prob)
+    return _rounded((mean.double() + shift) * _LN2), by_logit, 1.0 / student.total
 
 
-def _reverse_kl(teacher: _Side, student: _Side, shift: Tensor) -> tuple[Tensor, Tensor, float]:
-    prob = student.power.div_(student.total)
+def _reverse_kl(teacher: _Side, student: _Side, shift: Tensor) -> _Outcome:
     log_ratio = teacher.exponent.sub_(student.exponent)
-    mean = torch.mul(log_ratio, prob, out=teacher.power).sum(-1, keepdim=True)
-    by_logit = log_ratio.sub_(mean).mul_(prob)
-    return _rounded(-(mean.double() + shift) * _LN2), by_logit, -_LN2
+    mean, by_logit = _centred(log_ratio, student)
+    return _rounded(-(mean.double() + shift) * _LN2), by_logit, -_LN2 / student.total
 
 
 def _jensen_shannon(
     teacher: _Side, student: _Side, shift: Tensor, beta: float, scale: float
-) -> tuple[Tensor, Tensor, float]:
+) -> _Outcome:
     """Scale times the paper's form."""
     log_ratio = teacher.exponent.sub_(student.exponent).add_(shift).clamp_(-_FAR, _FAR)
     over_student = torch.exp2(log_ratio, out=student.exponent)
     over_student.mul_(beta).add_(_complement(beta, log_ratio.dtype)).log2_()
     # beta p log(p / m), then (1 - beta) q log(q / m)
     of_teacher = log_ratio.sub_(over_student).mul_(teacher.power).sum(-1, keepdim=True)
-    mean = torch.mul(over_student, student.power, out=teacher.power).sum(-1, keepdim=True)
-    mean.div_(student.total)
+    mean, by_logit = _centred(over_student, student)
     value = (of_teacher / teacher.total).double() * beta - mean.double() * (1.0 - beta)
-    by_logit = over_student.sub_(mean).mul_(student.power.div_(student.total))
     factor = scale * _LN2
-    return _rounded(value * factor), by_logit, -(1.0 - beta) * factor
+    return _rounded(value * factor), by_logit, -(1.0 - beta) * factor / student.total
+
+
+def _centred(x: Tensor, student: _Side) -> tuple[Tensor, Tensor]:
+    """(mean of x under q, n 1; (x - mean) q times the student's total, over the memory of x)."""
+    weighted = x.mul_(student.power)
+    mean = weighted.sum(-1, keepdim=True) / student.total
+    return mean, weighted.sub_(student.power.mul_(mean))
 
 
 def _complement(beta: float, dtype: torch.dtype) -> float:
@@ -234,11 +238,11 @@ def _rounded(value: Tensor) -> Tensor:
     return value.clamp(min=0)
 
 
-def _pointwise(f: FDivergence, teacher: _Side, student: _Side) -> tuple[Tensor, Tensor, float]:
+def _pointwise(f: FDivergence, teacher: _Side, student: _Side) -> _Outcome:
     """Of any f and any logits; -inf is a probability of 0."""
     log_q = student.log_prob()
     value, by_log_q = f.pointwise(teacher.log_prob(), log_q)
     by_log_q.masked_fill_(log_q == -math.inf, 0.0)  # a token that is excluded stays excluded
     total = by_log_q.sum(-1, keepdim=True)
     by_logit = by_log_q.sub_(log_q.exp_().mul_(total))
-    return value.sum(-1, keepdim=True, dtype=torch.float64), by_logit, 1.0
+    return value.sum(-1, keepdim=True, dtype=torch.float64), by_logit, torch.ones_like(total)

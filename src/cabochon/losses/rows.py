@@ -175,29 +175,39 @@ class RowSoftmax:
 
         `inner` is the value of the soft-cap's function, or `raw` itself without a cap.
         """
-        dtype = wide_dtype(raw.dtype)
-        inner = self.block("inner", raw, dtype)
-        inner.copy_(raw)
+        dtype, inner = wide_dtype(raw.dtype), raw
+        if raw.dtype != dtype:
+            inner = self.block("inner", raw, dtype).copy_(raw)
         if self._bend is not None:
-            self._bend(inner.mul_(self._gain))
+            inner = torch.mul(inner, self._gain, out=self.block("inner", raw, dtype))
+            self._bend(inner)
         exponent = self.block("exponent", raw, dtype)
         if self._tame:
-            middle = torch.full((), -self._middle * self._octaves, dtype=dtype, device=raw.device)
-            torch.add(middle, inner, alpha=self._octaves, out=exponent)
+            base = torch.full((), -self._middle * self._octaves, dtype=dtype, device=raw.device)
         else:
-            torch.sub(inner, inner.amax(-1, keepdim=True), out=exponent).mul_(self._octaves)
-        return inner, exponent
+            base = inner.amax(-1, keepdim=True).mul_(-self._octaves)
+        return inner, torch.add(base, inner, alpha=self._octaves, out=exponent)
 
     def powers(self, exponent: Tensor) -> tuple[Tensor, Tensor]:
         """(2 ** exponent beside it, its sum over each row, n 1)."""
         power = torch.exp2(exponent, out=self.block("power", exponent, exponent.dtype))
         return power, power.sum(-1, keepdim=True)
 
-    def close(self, by_logit: Tensor, inner: Tensor, raw: Tensor) -> None:
-        """Writes the gradient by `raw` over it, given slope x the gradient by the logits."""
+    def close(
+        self, by_logit: Tensor, inner: Tensor, raw: Tensor, factor: Tensor | None = None
+    ) -> None:
+        """Writes the gradient by `raw` over it, given slope x the gradient by the logits.
+
+        `by_logit` (n V), which is written over, is multiplied by `factor` (n 1) where given.
+        """
         if self._bend is not None:
             self._unbend(by_logit, inner, grad_input=by_logit)
-        raw.copy_(by_logit)
+        if factor is None:
+            raw.copy_(by_logit)
+        elif raw.dtype == by_logit.dtype:
+            torch.mul(by_logit, factor, out=raw)
+        else:
+            raw.copy_(by_logit.mul_(factor))
 
 
 @dataclass(frozen=True)

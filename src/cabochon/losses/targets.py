@@ -82,7 +82,7 @@ class TopKScore:
                 scale = torch.full_like(student.log2_total, self.softmax.slope)
                 if weights is not None:
                     scale *= weights[block]
-                self.softmax.close(student.by_logit(by_log_q).mul_(scale), inner, chosen)
+                self.softmax.close(student.by_logit(by_log_q), inner, chosen, scale)
         if weights is not None:
             terms *= weights
         return terms
@@ -148,7 +148,7 @@ class SampledScore:
                 scale = torch.full_like(total, self.softmax.slope)
                 if weights is not None:
                     scale *= weights[block]
-                self.softmax.close(by_logit.mul_(scale), inner, chosen)
+                self.softmax.close(by_logit, inner, chosen, scale)
         if weights is not None:
             terms *= weights
         return terms
