@@ -26,10 +26,10 @@ Writer = Callable[
 def engine_models(
     settings: GenerateSettings,
 ) -> tuple[Backbone, Backbone | None, Tokenizer]:
-    """The model that the engine is to use, guided or in 8 bits if asked for, and its draft.
+    """The model that the engine is to use, as the settings want it, and its draft.
 
     Raises:
-        ConfigError: 8 bits for a model that is no Gemma.
+        ConfigError: 8 bits or compiling for a model that is no Gemma; no compiler.
         FolderError: there is no such model.
         TokenizerMismatch: the draft has another tokenizer.
     """
@@ -50,10 +50,14 @@ def engine_models(
                 f"the draft model at {settings.draft} has another tokenizer than {settings.model}: "
                 f"{difference}"
             )
-    if settings.int8:
-        if not isinstance(model, Gemma):
-            raise ConfigError(f"--int8 is for Gemma models; {settings.model} holds another one")
+    for flag, wanted in (("--int8", settings.int8), ("--compile", settings.compile)):
+        if wanted and not isinstance(model, Gemma):
+            raise ConfigError(f"{flag} is for Gemma models; {settings.model} holds another one")
+    if settings.int8 and isinstance(model, Gemma):
         model = model.with_int8_decoding()
+    if settings.compile and isinstance(model, Gemma):
+        model = model.with_compiled_decoding()
+        draft = draft.with_compiled_decoding() if isinstance(draft, Gemma) else draft
     if settings.guidance != 1.0:
         ids = tokenizer.encode(settings.negative, bos=tokenizer.bos_id is not None)
         if not ids:

@@ -62,6 +62,8 @@ class GenerateSettings:
     """How many tokens --draft proposes at a time."""
     int8: bool = False
     """Decode with weights rounded to 8 bits (a Gemma on the CPU)."""
+    compile: bool = False
+    """Compile the decoding step (a Gemma): seconds to a minute at first, then faster tokens."""
     guidance: float = 1.0
     """Strength of classifier-free guidance: above 1 the prompt counts for more."""
     negative: str = ""
@@ -169,11 +171,11 @@ def _check_backend(settings: GenerateSettings) -> None:
             if at_server
             else f"--url is for --backend vllm; the backend is {settings.backend}"
         )
-    own = (settings.draft, settings.int8, settings.guidance, settings.negative)
-    if settings.backend != "engine" and own != ("", False, 1.0, ""):
+    own = (settings.draft, settings.int8, settings.compile, settings.guidance, settings.negative)
+    if settings.backend != "engine" and own != ("", False, False, 1.0, ""):
         raise ConfigError(
-            "--draft, --int8, --guidance and --negative are the engine's; the backend is "
-            f"{settings.backend}"
+            "--draft, --int8, --compile, --guidance and --negative are the engine's; the backend "
+            f"is {settings.backend}"
         )
     if settings.ahead != GenerateSettings.ahead and not settings.draft:
         raise ConfigError("--ahead is how far a --draft looks; give one")

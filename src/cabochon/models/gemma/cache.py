@@ -25,7 +25,7 @@ from cabochon.models.gemma.few import AttendFew, attend_few, hidden, places
 from cabochon.models.gemma.kernels import attention, attention_cached
 from cabochon.models.gemma.step import Step
 
-__all__ = ["Attend", "GemmaCache"]
+__all__ = ["Attend", "GemmaCache", "Sight"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (B T N H), k and v (B T K H) of the new tokens -> B T N H, what attention mixes for them."""
@@ -43,6 +43,20 @@ class _Plan:
     """How many leading slots are read."""
     apart: bool
     """The new tokens would overwrite slots that some of them still see: read first, then write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What one new token a row may see of a layer's memory, and where it goes."""
+
+    slots: Tensor
+    """S: numbers of the first slots, those that are read."""
+    lines: Tensor
+    """B 2K: where slot 0 of each row's keys and values lies."""
+    ring: bool
+    """Positions go round: the slot is the position modulo the number of slots."""
+    window: int | None
+    """How many positions a token sees; None if as many as there are slots."""
 
 
 class GemmaCache:
@@ -167,6 +181,34 @@ class GemmaCache:
             attend_few(self._config, buffer, *plans[window])
             for buffer, window in zip(self._buffers, self._windows, strict=True)
         ]
+
+    @property
+    def memories(self) -> list[Tensor]:
+        """For each layer, keys before values: 2 (room K) (slots + 1) H; always the same tensors."""
+        return self._buffers
+
+    def sights(self, batch: TokenBatch, multiple: int, *, whole: bool = False) -> list[Sight]:
+        """For each layer, what one new token a row sees; the tokens then count as remembered.
+
+        Args:
+            batch: B 1.
+            multiple: slots are read by it.
+            whole: of all rows there is memory for, instead of the batch's.
+
+        Raises:
+            DataError: as `attends`.
+        """
+        extent, rows = self._advance(batch), self.room if whole else self.rows
+        found = {}
+        for window, size in self._slots_of.items():
+            read = min(-(-extent // multiple) * multiple, size)
+            found[window] = Sight(
+                slots=self._slots[:read],
+                lines=self._lines[size][:rows],
+                ring=size < self._capacity,
+                window=None if size == window else window,
+            )
+        return [found[window] for window in self._windows]
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Take each row's newest tokens back, so that it holds as many as `lengths` says.

@@ -22,6 +22,7 @@ from cabochon.core.errors import DataError
 from cabochon.core.keys import Key
 from cabochon.core.types import LinearPrediction, TokenBatch
 from cabochon.models.gemma.cache import Attend, GemmaCache
+from cabochon.models.gemma.compiled import CompiledStep, Logits, refuse_without_compiler
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.kernels import (
     Visibility,
@@ -31,7 +32,7 @@ from cabochon.models.gemma.kernels import (
     rope,
     rotated_attention,
 )
-from cabochon.models.gemma.step import Layout, PackedPrediction, Step, int8, packed
+from cabochon.models.gemma.step import Layout, PackedPrediction, Product, Step, int8, packed
 
 __all__ = ["Block", "Gemma"]
 
@@ -112,6 +113,7 @@ class Gemma(nn.Module):
         )
         self.final_norm = nn.Parameter(torch.zeros(config.width, device=device, dtype=dtype))
         self._layout: Layout = packed
+        self._compiled: CompiledStep | None = None
 
     @classmethod
     def init(
@@ -136,7 +138,7 @@ class Gemma(nn.Module):
 
     def forward(
         self, batch: TokenBatch, cache: GemmaCache | None = None
-    ) -> LinearPrediction | PackedPrediction:
+    ) -> LinearPrediction | PackedPrediction | Logits:
         """Predictions for every token of `batch`, computed in the type of the weights.
 
         With a cache the past comes from it, the new tokens go into it, and no gradient is made.
@@ -151,7 +153,7 @@ class Gemma(nn.Module):
 
     def _forward(
         self, batch: TokenBatch, cache: GemmaCache | None
-    ) -> LinearPrediction | PackedPrediction:
+    ) -> LinearPrediction | PackedPrediction | Logits:
         if cache is None:
             return self._predict(batch, self._mixes(batch))
         if cache.config is not self.config and cache.config != self.config:
@@ -198,17 +200,53 @@ class Gemma(nn.Module):
         other._layout = int8
         return other
 
-    def _step(self, batch: TokenBatch, cache: GemmaCache) -> PackedPrediction:
-        step, weight = cache.step, self.embedding
-        if step is None or not step.is_of(self.blocks, weight, self.final_norm):
+    def with_compiled_decoding(self, backend: str = "inductor") -> Gemma:
+        """The same parameters (shared, not copied), decoded by a compiled step.
+
+        The first tokens wait for the compiler, seconds to a minute; it serves every later call,
+        whatever the lengths and numbers of rows. Results differ from the ordinary step's by
+        rounding. On CUDA the step is recorded as a graph as well. The weights laid out for the
+        step stay as long as this model does.
+
+        Args:
+            backend: of `torch.compile`.
+
+        Raises:
+            ConfigError: no C++ compiler is found, which the CPU needs.
+        """
+        if backend == "inductor" and self.embedding.device.type == "cpu":
+            refuse_without_compiler()
+        other = copy.copy(self)
+        other._compiled = CompiledStep(backend)
+        return other
+
+    def _step(self, batch: TokenBatch, cache: GemmaCache) -> PackedPrediction | Logits:
+        weight, scale = self.embedding, _embedding_scale(self.config.width, self.embedding.dtype)
+        compiled = self._compiled if batch.shape[1] == 1 else None
+        if compiled is not None:
+            if compiled.rows != cache.room or self._is_stale(compiled.step):
+                compiled.rows = cache.room
+                opaque = compiled.opaque() if weight.device.type == "cpu" else None
+                compiled.step = self._laid_out(cache.room, self.config.context, opaque)
+            return compiled(batch, cache, weight, scale)
+        step = cache.step
+        if step is None or self._is_stale(step):
             rows = cache.room * (1 + cache.ahead)
-            positions = torch.arange(cache.capacity, device=weight.device)
-            turns = _rotation(positions, self.config, weight.dtype)
-            step = cache.step = Step(
-                self.config, self.blocks, weight, self.final_norm, rows, turns, self._layout
-            )
-        x = embedding(batch.tokens, weight) * _embedding_scale(self.config.width, weight.dtype)
+            step = cache.step = self._laid_out(rows, cache.capacity, None)
+        x = embedding(batch.tokens, weight) * scale
         return step(x, batch.positions, cache.attends_few(batch))
+
+    def _is_stale(self, step: Step | None) -> bool:
+        return step is None or not step.is_of(self.blocks, self.embedding, self.final_norm)
+
+    def _laid_out(
+        self, rows: int, positions: int, opaque: Callable[[Product, int], Product] | None
+    ) -> Step:
+        weight, config = self.embedding, self.config
+        angles = _rotation(torch.arange(positions, device=weight.device), config, weight.dtype)
+        return Step(
+            config, self.blocks, weight, self.final_norm, rows, angles, self._layout, opaque
+        )
 
     def _mixes(self, batch: TokenBatch) -> list[Mix]:
         config = self.config

@@ -56,6 +56,8 @@ class PackedPrediction:
         if self.cap > LARGEST_LOGISTIC_CAP:
             return self.head(hidden).float().div_(self.cap).tanh_().mul_(self.cap)
         bent = self.head(hidden).float().mul_(2.0 / self.cap).sigmoid_()
+        if torch.compiler.is_compiling():  # which knows no `out`, and needs none
+            return bent.mul_(2.0 * self.cap).sub_(self.cap)
         lowest = torch.tensor(-self.cap, device=bent.device)
         return torch.add(lowest, bent, alpha=2.0 * self.cap, out=bent)
 
@@ -72,6 +74,7 @@ class Step:
         rows: int,
         turns: tuple[Tensor, Tensor],
         layout: Layout,
+        opaque: Callable[[Product, int], Product] | None = None,
     ) -> None:
         """Lay out a decoder's weights for about `rows` rows.
 
@@ -83,19 +86,21 @@ class Step:
             rows: a hint.
             turns: cosine and sine, each P H/2, of the angles of all positions there will be.
             layout: how matrices are multiplied with.
+            opaque: makes of a product and its O another call of it; None: the call itself.
         """
         kept = list(blocks)
         size = embedding.nbytes + sum(w.nbytes for block in kept for w in block.parameters())
         product = _plain if layout is packed and size > PACKED_BYTES else layout
-        self._config = config
+        self.config = config
         self._weights = _weights(kept, embedding, final_norm)
         self._version = _version(self._weights)
         # |x|^2 + this is D (mean(x^2) + eps): the root is one call, where the mean is many.
         least = torch.full((), math.sqrt(config.width * config.norm_eps), device=embedding.device)
         self._unit = partial(_unit, least)
-        self._layers = [_Layer.of(block, product, rows, self._unit) for block in kept]
+        call = opaque or _itself
+        self._layers = [_Layer.of(block, product, rows, self._unit, call) for block in kept]
         self._final = _scale(final_norm)
-        self._head = product(embedding, rows)
+        self._head = call(product(embedding, rows), len(embedding))
         self._turns = _turns(*turns, config)
         kinds = [0] * config.heads + [1] * config.kv_heads + [2] * config.kv_heads
         self._kinds = torch.tensor(kinds, device=embedding.device)
@@ -123,7 +128,7 @@ class Step:
             positions: B T.
             attends: of the cache, one a layer.
         """
-        config, batch = self._config, x.shape[:2]
+        config, batch = self.config, x.shape[:2]
         x = x.flatten(0, 1)
         split = [config.heads, 2 * config.kv_heads]
         shape = (len(x), sum(split), config.head_width)
@@ -160,7 +165,13 @@ class _Layer:
     ffn_post_norm: Tensor | None
 
     @staticmethod
-    def of(block: nn.Module, layout: Layout, rows: int, unit: Callable[[Tensor], Tensor]) -> _Layer:
+    def of(
+        block: nn.Module,
+        layout: Layout,
+        rows: int,
+        unit: Callable[[Tensor], Tensor],
+        call: Callable[[Product, int], Product],
+    ) -> _Layer:
         weights = dict(block.named_parameters())
         # Where a copy is made anyway. (Eight bits are best spent on the weights as they are: scales
         # would widen their rows.)
@@ -170,14 +181,24 @@ class _Layer:
         def normed(norm: str, weight: str, product: Callable[[Tensor], Product]) -> Product:
             return _normed(weights[weight], weights[norm], product, unit, fold=fold)
 
+        def plain(weight: Tensor) -> Product:
+            return call(layout(weight, rows), len(weight))
+
+        def gated(weight: Tensor) -> Product:
+            return call(_gated(weight, rows, layout), len(weight) // 2)
+
         return _Layer(
-            qkv=normed("attention_norm", "qkv", lambda weight: layout(weight, rows)),
-            attention_out=layout(weights["attention_out"], rows),
+            qkv=normed("attention_norm", "qkv", plain),
+            attention_out=plain(weights["attention_out"]),
             attention_post_norm=_scale(weights.get("attention_post_norm")),
-            gated=normed("ffn_norm", "gate_up", lambda weight: _gated(weight, rows, layout)),
-            ffn_out=layout(weights["ffn_out"], rows),
+            gated=normed("ffn_norm", "gate_up", gated),
+            ffn_out=plain(weights["ffn_out"]),
             ffn_post_norm=_scale(weights.get("ffn_post_norm")),
         )
+
+
+def _itself(product: Product, width: int) -> Product:  # noqa: ARG001
+    return product
 
 
 def _unit(least: Tensor, x: Tensor) -> Tensor:
