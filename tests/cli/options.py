@@ -30,6 +30,7 @@ COMMANDS = (
     "doctor sft",
     "data tokenizer",
     "data pack",
+    "data cache-teacher",
     "data inspect",
     "generate",
     "chat",

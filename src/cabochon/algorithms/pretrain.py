@@ -4,8 +4,8 @@ Source: Gemma Team 2024, arXiv:2403.08295, section 4 (next-token prediction), an
 arXiv:2408.00118, section 3 (knowledge distillation: at every position of real text, the
 cross-entropy between the teacher's distribution and the student's in place of the next token's).
 Deviations: the reports name neither optimiser nor schedule; AdamW with a warm-up and a cosine is
-ours. The teacher runs beside the student and its distribution is whole, not cut to its largest
-entries.
+ours. Neither says how much of the teacher's distribution was kept; any teacher serves here, one
+that runs beside the student, whose distribution is whole, or one that says less of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import islice
 import torch
 from torch.optim import Optimizer
 
-from cabochon.core import Loss, Objective, Policy, Step, TokenBatch
+from cabochon.core import Loss, Objective, Policy, Step, Teacher, TokenBatch
 from cabochon.core.errors import ConfigError
 from cabochon.losses import linear
 from cabochon.training.fit import fit
@@ -64,11 +64,12 @@ def objective(model: Policy, batch: TokenBatch) -> Loss:
     return linear.cross_entropy(model(batch), batch)
 
 
-def distillation_objective(teacher: Policy) -> Objective[Policy, TokenBatch]:
+def distillation_objective(teacher: Teacher) -> Objective[Policy, TokenBatch]:
     """Cross-entropy of the student under the teacher's distribution, in nats, summed likewise.
 
     Its gradient is that of KL(teacher || student), which it exceeds by the teacher's entropy; the
-    divergence itself is in the report as `kl`.
+    divergence itself is in the report as `kl`, where the teacher says enough of itself: of a
+    teacher cut to its likeliest tokens that of these and the rest, of draws none.
     """
 
     def loss(student: Policy, batch: TokenBatch) -> Loss:
@@ -85,7 +86,7 @@ def train(
     batches: Iterable[TokenBatch],
     optimizer: Optimizer,
     *,
-    teacher: Policy | None = None,
+    teacher: Teacher | None = None,
     start: int = 0,
 ) -> Iterator[Step]:
     """The updates from `start` to the last.

@@ -32,6 +32,7 @@ __all__ = [
     "parse",
     "plain",
     "read",
+    "replaced",
 ]
 
 S = TypeVar("S")
@@ -208,6 +209,18 @@ def plain(settings: Any) -> dict[str, Any]:
             if isinstance(value, tuple):
                 result[field.name] = list(value)
     return result
+
+
+def replaced(settings: S, values: Mapping[str, Any]) -> S:
+    """The settings with other values for some of their keys, those of flat groups included."""
+    changes: dict[str, Any] = {}
+    hints = get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        if field.name in values:
+            changes[field.name] = values[field.name]
+        elif _is_flat(hints[field.name]):
+            changes[field.name] = replaced(getattr(settings, field.name), values)
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
 def dump(settings: Any, **first: Any) -> str:

@@ -1,4 +1,4 @@
-"""`cabochon data tokenizer | pack | inspect`: prepare text, and look at it."""
+"""`cabochon data tokenizer | pack | cache-teacher | inspect`: prepare text, and look at it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ __all__ = ["KINDS", "main"]
 KINDS = {
     "tokenizer": ("cabochon.cli.data_tokenizer", "train a tokenizer from text"),
     "pack": ("cabochon.cli.data_pack", "encode and pack text into rows, once for many runs"),
+    "cache-teacher": (
+        "cabochon.cli.data_cache_teacher",
+        "store what a teacher says about a text, once for many runs",
+    ),
     "inspect": ("cabochon.cli.data_inspect", "counts, a decoded sample and the loss mask"),
 }
 """What to do -> the module that does it, and what it is for."""
@@ -22,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in {"-h", "--help"}:
         print("usage: cabochon data WHAT ...\n")
         for name, (_, purpose) in KINDS.items():
-            print(f"  {name:<10}  {purpose}")
+            print(f"  {name:<13}  {purpose}")
         print("\ncabochon data WHAT --help lists the options.")
         return 0
     if not argv or argv[0].startswith("-"):

@@ -16,6 +16,7 @@ from cabochon.cli.recipe import Recipe, split_words
 from cabochon.cli.rows import Rows
 from cabochon.cli.session import begins_from_folder, config_for, load_tokenizer
 from cabochon.cli.settings import RunSettings, shape
+from cabochon.cli.teachers import resident
 from cabochon.cli.train import resolved
 from cabochon.data.packed import Packed
 from cabochon.models.gemma.config import GemmaConfig, parameter_counts
@@ -53,9 +54,8 @@ def main(argv: Sequence[str]) -> int:
     run: RunSettings = settings.run
     use_threads(run.threads)
     config, rows = _config_and_rows(recipe, settings)
-    named = recipe.folders(settings)
-    teachers = [forecast.folder_config(model_folder(path)) for path in named.values()]
-    teacher = teachers[0] if teachers else None
+    held = resident(recipe.folders(settings))
+    teacher = forecast.folder_config(held[0]) if held else None
     tokens = run.batch_size * run.context
     say(f"rehearsing an update of {tokens:,} tokens without contents; many tokens take minutes")
     memory, work = forecast.rehearse(recipe, settings, config, teacher)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import nn
 from torch.optim import Optimizer
 
-from cabochon import folders
 from cabochon.algorithms import pretrain
 from cabochon.cli.configuration import FLAT
-from cabochon.cli.machine import DTYPES, device_of, model_folder, refuse_rows_beyond
 from cabochon.cli.recipe import Recipe, Train
 from cabochon.cli.rows import Rows, document_rows
 from cabochon.cli.settings import RunSettings
-from cabochon.core import Objective, Policy, Step, TokenBatch
-from cabochon.core.errors import TokenizerMismatch
+from cabochon.cli.teachers import TeacherSettings, check_covers, kind, load_teacher, open_cache
+from cabochon.core import Objective, Policy, Step, Teacher, TokenBatch
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.training.optimizers import OptimizerConfig
 
-__all__ = ["RECIPE", "PretrainSettings", "load_teacher"]
+__all__ = ["RECIPE", "PretrainSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,39 +27,25 @@ class PretrainSettings:
     """Settings of `train pretrain`."""
 
     run: Annotated[RunSettings, FLAT] = field(default_factory=RunSettings)
-    teacher: str = ""
-    """A model folder or run whose whole distribution to learn; the text itself when absent."""
+    teaching: Annotated[TeacherSettings, FLAT] = field(default_factory=TeacherSettings)
     method: Annotated[pretrain.Config, FLAT] = field(default_factory=pretrain.Config)
     optimizer: Annotated[OptimizerConfig, FLAT] = field(default_factory=OptimizerConfig)
 
 
-def load_teacher(settings: PretrainSettings, tokenizer: Tokenizer) -> Any:
-    """The frozen teacher, in the precision of the run.
-
-    Raises:
-        TokenizerMismatch: its vocabulary is not the student's, entry by entry.
-        ConfigError: rows are longer than its context.
-    """
-    run = settings.run
-    teacher, own = folders.load(
-        model_folder(settings.teacher), dtype=DTYPES[run.precision], device=device_of(run.device)
-    )
-    unlike = tokenizer.difference(own)
-    if unlike is not None:
-        raise TokenizerMismatch(
-            f"student and teacher {settings.teacher} do not share a vocabulary (student against "
-            f"teacher): {unlike}; train the student with the teacher's tokenizer"
-        )
-    refuse_rows_beyond(teacher.context, run.context, f"the teacher {settings.teacher}")
-    return teacher.requires_grad_(False)
-
-
 def _pack(settings: PretrainSettings, tokenizer: Tokenizer) -> Rows:
-    return document_rows(settings.run, tokenizer)
+    rows = document_rows(settings.run, tokenizer)
+    source = settings.teaching.named
+    if source and kind(source) == "cache":
+        cache = open_cache(source)
+        cache.check_tokenizer(tokenizer.fingerprint())
+        check_covers(cache, rows)
+    return rows
 
 
 def _train(settings: PretrainSettings, model: nn.Module, tokenizer: Tokenizer) -> Train:
-    teacher: Policy | None = load_teacher(settings, tokenizer) if settings.teacher else None
+    teacher: Teacher | None = None
+    if settings.teaching.named:
+        teacher = load_teacher(settings.teaching, settings.run, tokenizer)
 
     def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
         return pretrain.train(
@@ -78,7 +62,7 @@ def _objective(
 
 
 def _folders(settings: PretrainSettings) -> dict[str, str]:
-    return {"teacher": settings.teacher} if settings.teacher else {}
+    return settings.teaching.sources()
 
 
 RECIPE = Recipe(

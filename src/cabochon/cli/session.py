@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cabochon import folders
+from cabochon.cli import teachers
 from cabochon.cli.inputs import fingerprints, unchanged
 from cabochon.cli.machine import (
     DTYPES,
@@ -129,8 +130,9 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
     if run.out:
         _refuse_out_within_data(run)
     models = _folders(recipe, settings)
-    with unchanged([*run.data, *map(str, models.values())]):
-        inputs = fingerprints(run, tokenizer, models)
+    sources = [*map(str, models.values()), *recipe.folders(settings).values()]
+    with unchanged([*run.data, *sources]):
+        inputs = fingerprints(run, tokenizer, models) | _teachers(recipe, settings)
         rows = recipe.pack(settings, tokenizer)
         model = _model(run, tokenizer)
         train = recipe.train(settings, model, tokenizer)
@@ -235,7 +237,18 @@ def _model(run: RunSettings, tokenizer: Tokenizer) -> Gemma | ForeignModel:
 
 def _folders(recipe: Recipe[Any], settings: Any) -> dict[str, Path]:
     """Every model folder that the result depends on, by the name of its setting."""
-    named = {k: model_folder(v) for k, v in recipe.folders(settings).items()}
+    sources = recipe.folders(settings)
+    named = {k: model_folder(v) for k, v in sources.items() if teachers.kind(v) == "model"}
     if begins_from_folder(settings.run):
         named["model"] = model_folder(settings.run.model.source)
     return named
+
+
+def _teachers(recipe: Recipe[Any], settings: Any) -> dict[str, Any]:
+    """What the manifest keeps of teachers that are no model folders; nothing without one."""
+    named = {
+        k: teachers.identity(v)
+        for k, v in recipe.folders(settings).items()
+        if teachers.kind(v) != "model"
+    }
+    return {"teachers": named} if named else {}

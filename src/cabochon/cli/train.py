@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from cabochon.cli.configuration import dump, plain, read
+from cabochon.cli.configuration import dump, plain, read, replaced
 from cabochon.cli.machine import device_of, use_threads
 from cabochon.cli.output import answer, bytes_text, duration_text, say
 from cabochon.cli.places import free
@@ -21,6 +21,7 @@ from cabochon.cli.ranks import begun_by_first, joined
 from cabochon.cli.recipe import Recipe, split_words
 from cabochon.cli.session import Session, begins_from_folder, prepare
 from cabochon.cli.settings import RunSettings
+from cabochon.cli.teachers import kind
 from cabochon.cli.tracking import refuse_missing, trackers
 from cabochon.core.errors import ConfigError, FolderError
 from cabochon.training import parallel
@@ -72,10 +73,10 @@ def resolved(settings: Any) -> Any:
         device=device_of(run.device).type if run.device == "auto" else run.device,
         threads=use_threads(run.threads),
     )
-    changes: dict[str, Any] = {"run": fixed}
-    if teacher := plain(settings).get("teacher"):
-        changes["teacher"] = _absolute(teacher)
-    return dataclasses.replace(settings, **changes)
+    named = plain(settings)
+    teachers = {k: named[k] for k in ("teacher", "teacher_cache") if named.get(k)}
+    absolute = {k: v if kind(v) == "server" else _absolute(v) for k, v in teachers.items()}
+    return replaced(dataclasses.replace(settings, run=fixed), absolute)
 
 
 def carry_out(

@@ -55,6 +55,11 @@ class Mixture:
         self._sources = [sources[name] for name in self._names]
         self._bounds = np.cumsum([weights[name] for name in self._names])
 
+    @property
+    def sources(self) -> Mapping[str, Packed]:
+        """The corpora that are drawn from, by name."""
+        return dict(zip(self._names, self._sources, strict=True))
+
     def batches(
         self, key: Key, batch_size: int, start: int = 0, *, rank: int = 0, ranks: int = 1
     ) -> Iterator[TokenBatch]:

@@ -1,0 +1,206 @@
+"""Teachers by name: a model folder or run, a teacher cache, or the address of a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, cast
+
+from cabochon import folders
+from cabochon.cli.machine import (
+    DTYPES,
+    device_of,
+    model_folder,
+    refuse_rows_beyond,
+)
+from cabochon.cli.output import say
+from cabochon.cli.rows import Rows
+from cabochon.cli.settings import RunSettings
+from cabochon.core import Policy, Teacher
+from cabochon.core.errors import ConfigError, TokenizerMismatch
+from cabochon.data.mixtures import Mixture
+from cabochon.data.packed import Packed
+from cabochon.data.teacher_cache import TeacherCache, is_teacher_cache
+from cabochon.data.tokenizer import Tokenizer
+from cabochon.files import sha256_of
+
+__all__ = [
+    "Kind",
+    "TeacherSettings",
+    "check_covers",
+    "files_of",
+    "identity",
+    "kind",
+    "load_policy",
+    "load_served",
+    "load_teacher",
+    "open_cache",
+    "resident",
+]
+
+Kind = Literal["model", "cache", "server"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """Who teaches; nobody where neither teacher nor cache is named."""
+
+    teacher: str = ""
+    """A model folder or run, a teacher cache, or a server's address (http://HOST:PORT)."""
+    teacher_cache: str = ""
+    """A cache that stands in for the teacher named beside it, once it is sure to be of it."""
+    teacher_top_k: int = 20
+    """How many of its likeliest tokens a server is asked for."""
+    teacher_model: str = ""
+    """Which model of a server; its only one when absent."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_cache and kind(self.teacher_cache) != "cache":
+            raise ConfigError(
+                f"--teacher-cache {self.teacher_cache} is no teacher cache; make one: cabochon "
+                "data cache-teacher"
+            )
+        if self.teacher_model and kind(self.teacher) != "server":
+            raise ConfigError("--teacher-model is for a server: --teacher http://HOST:PORT")
+
+    @property
+    def named(self) -> str:
+        """Where its distributions come from; empty for nobody."""
+        return self.teacher_cache or self.teacher
+
+    def sources(self) -> dict[str, str]:
+        """Everything that the result depends on, by the name of its setting."""
+        named = {"teacher": self.teacher, "teacher_cache": self.teacher_cache}
+        return {name: value for name, value in named.items() if value}
+
+
+def kind(spec: str) -> Kind:
+    """What a name of a teacher means."""
+    if spec.startswith(("http://", "https://")):
+        return "server"
+    return "cache" if is_teacher_cache(spec) else "model"
+
+
+def resident(sources: Mapping[str, str]) -> list[Path]:
+    """The model folders among the sources of a run that it holds in memory."""
+    if any(kind(value) == "cache" for value in sources.values()):
+        return []
+    return [model_folder(value) for value in sources.values() if kind(value) == "model"]
+
+
+def identity(spec: str) -> str:
+    """What a run's manifest keeps of a teacher that is no model folder."""
+    if kind(spec) == "cache":
+        return open_cache(spec).sha256()
+    return f"the server at {spec}"
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of what decides what a model folder computes: its configuration and its weights.
+
+    Raises:
+        FolderError: a file is absent.
+    """
+    return {"config.json": sha256_of(folder / "config.json"), **folders.fingerprint(folder)}
+
+
+def load_teacher(settings: TeacherSettings, run: RunSettings, tokenizer: Tokenizer) -> Teacher:
+    """The teacher that the settings name, in the precision and on the device of the run.
+
+    Args:
+        settings: which name one.
+        run: of the student.
+        tokenizer: the student's.
+
+    Raises:
+        TokenizerMismatch: its ids mean something else than the student's.
+        ConfigError: rows are longer than its context; a setting does not fit.
+        DataError: a cache is damaged, or of another teacher than the one named beside it.
+        FolderError: a folder is absent or incomplete.
+        ServerError: a server cannot be reached, or does not return what a teacher needs.
+    """
+    source = settings.named
+    if kind(source) == "server":
+        return load_served(
+            source, tokenizer, top_k=settings.teacher_top_k, model=settings.teacher_model
+        )
+    if kind(source) == "model":
+        return load_policy(source, run, tokenizer)
+    cache = open_cache(source)
+    cache.check_tokenizer(tokenizer.fingerprint())
+    if settings.teacher_cache and settings.teacher:
+        if kind(settings.teacher) != "model":
+            raise ConfigError(
+                f"--teacher-cache beside --teacher {settings.teacher}: only a model folder or run "
+                "can be compared with a cache; leave one of the two out"
+            )
+        cache.check_teacher(files_of(model_folder(settings.teacher)), settings.teacher)
+    return cache
+
+
+def load_policy(spec: str, run: RunSettings, tokenizer: Tokenizer) -> Policy:
+    """A frozen teacher from a model folder or run.
+
+    Raises:
+        TokenizerMismatch: its vocabulary is not the student's, entry by entry.
+        ConfigError: rows are longer than its context.
+    """
+    teacher, own = folders.load(
+        model_folder(spec), dtype=DTYPES[run.precision], device=device_of(run.device)
+    )
+    unlike = tokenizer.difference(own)
+    if unlike is not None:
+        raise TokenizerMismatch(
+            f"student and teacher {spec} do not share a vocabulary (student against teacher): "
+            f"{unlike}; train the student with the teacher's tokenizer"
+        )
+    refuse_rows_beyond(teacher.context, run.context, f"the teacher {spec}")
+    return cast(Policy, teacher.requires_grad_(False))
+
+
+def load_served(url: str, tokenizer: Tokenizer, *, top_k: int, model: str = "") -> Teacher:
+    """A teacher on a server; a key that the server wants is in the environment: VLLM_API_KEY.
+
+    Raises:
+        TokenizerMismatch: it reads text as other tokens.
+        ServerError: it cannot be reached, or returns no log-probabilities of prompts.
+        MissingExtra: httpx2 or tenacity is not installed.
+    """
+    from cabochon.generation.teacher import connect, served
+    from cabochon.generation.transport import Transport
+
+    key = os.environ.get("VLLM_API_KEY", "")
+    transport = Transport(url=url, api_key=key, notice=say)
+    endpoint = connect(transport, tokenizer.encode, model=model)
+    return served(endpoint, top_k, tokenizer.vocab_size)
+
+
+def check_covers(cache: TeacherCache, rows: Rows) -> None:
+    """Make sure that a run will find everything it asks for.
+
+    Raises:
+        DataError: a document of the rows is not in the cache; it is named.
+    """
+    if isinstance(rows, Packed):
+        cache.check_covers(rows)
+    elif isinstance(rows, Mixture):
+        for name, part in rows.sources.items():
+            cache.check_covers(part, name)
+
+
+def open_cache(folder: str) -> TeacherCache:
+    """The cache of a folder, whose bytes are read once in a process however often it is opened."""
+    cache = Path(folder)
+    changed = tuple(
+        (each.name, each.stat().st_mtime_ns, each.stat().st_size)
+        for each in sorted(cache.glob("*"))
+    )
+    return _opened(str(cache.resolve()), changed)
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: str, _files: tuple[tuple[str, int, int], ...]) -> TeacherCache:
+    return TeacherCache.open(folder)
