@@ -2,7 +2,8 @@
 
 Source: Gemma Team 2024, arXiv:2403.08295, section 5 (supervised fine-tuning; the turn format of
 table 4), and Gemma Team 2024, arXiv:2408.00118, section 4 (behavioural cloning on responses
-written mostly by a larger model).
+written mostly by a larger model). The losses other than cross-entropy: Roulet et al. 2025,
+arXiv:2501.18537.
 Deviations: the second report also lets the teacher score the student's own samples; that is
 on-policy distillation, a method of its own. Conversations are packed, which changes no gradient,
 as they never attend to each other.
@@ -16,13 +17,14 @@ from itertools import islice
 
 from torch.optim import Optimizer
 
-from cabochon.core import Loss, Policy, Step, TokenBatch
+from cabochon.core import Loss, Objective, Policy, Step, TokenBatch
 from cabochon.core.errors import ConfigError
+from cabochon.losses import fenchel_young
 from cabochon.losses.linear import cross_entropy
 from cabochon.training.fit import fit
 from cabochon.training.schedules import Kind, Schedule, scheduled
 
-__all__ = ["Config", "objective", "train"]
+__all__ = ["Config", "chosen_objective", "objective", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,11 @@ class Config:
     """Fraction of the learning rate that the last update keeps (cosine, linear)."""
     max_grad_norm: float = 1.0
     """Longer mean gradients are shortened to this norm."""
+    loss: fenchel_young.LossName = "cross_entropy"
+    """What a token costs: cross-entropy, or the Fenchel-Young loss of another divergence."""
+    loss_parameter: float | None = None
+    """What belongs to the loss: a of alpha (1.5 is in wide use), beta in [0, 1] of jsd and
+    jsd_paper."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1:
@@ -51,6 +58,7 @@ class Config:
         _ = self.learning_rate_schedule  # refuses a warm-up or floor that cannot be
         if not self.max_grad_norm > 0.0:
             raise ConfigError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        fenchel_young.named(self.loss, self.loss_parameter)
 
     @property
     def learning_rate_schedule(self) -> Schedule:
@@ -65,6 +73,18 @@ def objective(model: Policy, batch: TokenBatch) -> Loss:
     said, and the markers that the template puts there, are read and not learned.
     """
     return cross_entropy(model(batch), batch)
+
+
+def chosen_objective(config: Config) -> Objective[Policy, TokenBatch]:
+    """`objective` with the loss that the config names, over the same tokens.
+
+    Other losses than cross-entropy report `accuracy`, how often the token's logit is the highest,
+    and, where they are sparse, `support`, how many tokens have a probability above 0.
+    """
+    if config.loss == "cross_entropy":
+        return objective
+    criterion = fenchel_young.named(config.loss, config.loss_parameter)
+    return lambda model, batch: criterion(model(batch), batch)
 
 
 def train(
@@ -86,7 +106,7 @@ def train(
     """
     steps = fit(
         model,
-        objective,
+        chosen_objective(config),
         batches,
         optimizer,
         accumulate=config.accumulate,

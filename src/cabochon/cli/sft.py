@@ -45,8 +45,8 @@ def _train(settings: SftSettings, model: nn.Module, _tokenizer: Tokenizer) -> Tr
     return train
 
 
-def _objective(_settings: SftSettings, _teacher: Policy | None) -> Objective[Policy, TokenBatch]:
-    return sft.objective
+def _objective(settings: SftSettings, _teacher: Policy | None) -> Objective[Policy, TokenBatch]:
+    return sft.chosen_objective(settings.method)
 
 
 def _folders(_settings: SftSettings) -> dict[str, str]:

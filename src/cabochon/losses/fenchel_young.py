@@ -3,9 +3,9 @@
     l(t, y; q) = softmax_f(t; q) + D_f(y, q) - <t, y>
 
 It is convex in the logits t, at least 0, and 0 only where softargmax_f(t; q) = y; its gradient is
-softargmax_f(t; q) - y. KL with q = 1 gives the cross-entropy (of a distribution y, KL(y || softmax t)
-instead). A sparse f has a margin: loss and gradient are exactly 0 once the target's logit is far
-enough above all others (1 for chi-square, 1 / (a - 1) for alpha, at q = 1).
+softargmax_f(t; q) - y. KL with q = 1 gives the cross-entropy (less the entropy of y, if y is a
+distribution). A sparse f has a margin: loss and gradient are exactly 0 once the target's logit is
+far enough above all others (1 for chi-square, 1 / (a - 1) for alpha, at q = 1).
 
 Where D_f(y, q) is infinite (f(0) is, as for reverse KL, Jeffreys and alpha <= 0, and y gives some
 class nothing, as one token does), that constant is left out. Such a loss is measured from that of
@@ -17,17 +17,33 @@ Source: Roulet et al. 2025, arXiv:2501.18537; Blondel, Martins and Niculae 2020,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cabochon.core import Loss, Prediction, TokenBatch
-from cabochon.core.errors import DataError
+from cabochon.core.errors import ConfigError, DataError
+from cabochon.losses import f_divergences
 from cabochon.losses.f_divergences import FDivergence
 from cabochon.losses.f_softargmax import Measure, Task, maximum, measured, solve
+from cabochon.losses.linear import cross_entropy
 from cabochon.losses.rows import Counted, RowSoftmax, blocks, row_sums, wide
 
-__all__ = ["linear", "loss"]
+__all__ = ["LossName", "linear", "loss", "named"]
+
+LossName = Literal[
+    "cross_entropy",
+    "reverse_kl",
+    "jsd",
+    "jsd_paper",
+    "hellinger",
+    "chi_square",
+    "alpha",
+    "jeffreys",
+]
+"""Losses of the next token that a config can ask for; all but the first are those of their f."""
 
 _SUM_ERROR = 1e-3
 """How far the sum of a target distribution may lie from 1."""
@@ -117,6 +133,31 @@ def linear(
     if f.sparse:
         report["support"] = sums[2].detach()
     return Loss(total=sums[0], weight=counted.weight, report=report)
+
+
+def named(
+    name: LossName, parameter: float | None = None
+) -> Callable[[Prediction, TokenBatch], Loss]:
+    """The loss of the next token that a config means: cross-entropy, or `linear` with a unit q.
+
+    Args:
+        name: cross_entropy, or what `f_divergences.named` knows.
+        parameter: a of alpha, beta of jsd and jsd_paper; of the others none.
+
+    Raises:
+        ConfigError: as `f_divergences.named`.
+    """
+    if name == "cross_entropy":
+        if parameter is not None:
+            raise ConfigError(
+                f"loss cross_entropy takes no loss_parameter, got {parameter:g}; leave it out"
+            )
+        return cross_entropy
+    try:
+        f = f_divergences.named(name, parameter)
+    except ConfigError as error:
+        raise ConfigError(f"loss and loss_parameter: {error}") from None
+    return lambda prediction, batch: linear(prediction, batch, f)
 
 
 class _LossScore:
