@@ -144,7 +144,7 @@ def products(sizes: Sizes) -> Callable[[], None]:
     """The four matrix products alone: two of logits, two of gradients, in ours' chunks of rows."""
     hidden, head, teacher_hidden, teacher_head = (t.detach() for t in sizes.tensors())
     hidden, teacher_hidden = hidden[0], teacher_hidden[0]
-    chunk = max(1, 2**24 // sizes.vocabulary)
+    chunk = min(sizes.rows, 128)
     raw, teacher_raw = (head.new_empty(chunk, sizes.vocabulary) for _ in range(2))
     by_hidden, by_head = torch.empty_like(hidden), torch.empty_like(head)
 

@@ -9,7 +9,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMPLETE = ("docs/models.md", "docs/text.md", "docs/guidance.md", "docs/weights.md")
+COMPLETE = (
+    "docs/models.md",
+    "docs/text.md",
+    "docs/guidance.md",
+    "docs/weights.md",
+    "docs/distillation.md",
+)
 """Pages whose first example stands on its own."""
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_linear import LargestResult
 from torch import Tensor
 
 from cabochon.core import LinearPrediction, Prediction, TokenBatch, soft_cap
@@ -482,3 +483,20 @@ def test_a_chunk_of_no_rows_is_refused() -> None:
 
 def test_a_prediction_is_a_prediction() -> None:
     assert isinstance(Dense(torch.zeros(1, 1, 1)), Prediction)
+
+
+@any_divergence
+def test_nothing_larger_than_a_chunk_of_logits_ever_exists(f: FDivergence) -> None:
+    rows, vocabulary, chunk = 64, 512, 8
+    student = LinearPrediction(
+        hidden=torch.randn(1, rows, 4, requires_grad=True),
+        head=torch.randn(vocabulary, 4, requires_grad=True),
+        cap=5.0,
+    )
+    teacher = LinearPrediction(hidden=torch.randn(1, rows, 6), head=torch.randn(vocabulary, 6))
+    ones = torch.ones(1, rows, dtype=torch.int64)
+    batch = TokenBatch(tokens=ones, positions=ones, documents=ones, targets=ones, mask=ones.bool())
+    with LargestResult() as largest:
+        divergence(student, teacher, batch, f, chunk=chunk).total.backward()
+        divergence_values(student, teacher, batch, f, chunk=chunk)
+    assert largest.elements == chunk * vocabulary

@@ -211,7 +211,8 @@ def _jensen_shannon(
     """Scale times the paper's form."""
     log_ratio = teacher.exponent.sub_(student.exponent).add_(shift).clamp_(-_FAR, _FAR)
     over_student = torch.exp2(log_ratio, out=student.exponent)
-    over_student.mul_(beta).add_(_complement(beta, log_ratio.dtype)).log2_()
+    rest = _complement(beta, over_student)
+    torch.add(rest, over_student, alpha=beta, out=over_student).log2_()
     # beta p log(p / m), then (1 - beta) q log(q / m)
     of_teacher = log_ratio.sub_(over_student).mul_(teacher.power).sum(-1, keepdim=True)
     mean, by_logit = _centred(over_student, student)
@@ -227,10 +228,10 @@ def _centred(x: Tensor, student: _Side) -> tuple[Tensor, Tensor]:
     return mean, weighted.sub_(student.power.mul_(mean))
 
 
-def _complement(beta: float, dtype: torch.dtype) -> float:
-    """1 - beta such that, in `dtype`, it and beta add up to 1 exactly."""
-    rounded = torch.tensor(beta, dtype=dtype)
-    return float(1.0 - rounded.double())
+def _complement(beta: float, like: Tensor) -> Tensor:
+    """1 - beta such that, in the type of `like`, it and beta add up to 1 exactly."""
+    rounded = torch.tensor(beta, dtype=like.dtype)
+    return torch.full((), 1.0 - rounded.item(), dtype=like.dtype, device=like.device)
 
 
 def _rounded(value: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ __all__ = [
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 """Logits of one chunk when the caller names no chunk: rows x vocabulary."""
+_FEW_ROWS = 128
+"""With fewer, products are slow and the head's gradient is read and written too often: where a
+chunk of as many logits has fewer, it may have twice as many."""
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Logits that are worked on at once; on a CPU a few such blocks fit in its cache."""
 _LARGEST_LOGISTIC_CAP = 100.0
@@ -268,7 +271,8 @@ def linear_sums(
         prediction: hidden states B T D and head V D, unembedded in the hidden states' type.
         rows: n int64, flat positions of (B T), each at most once.
         score: the loss of a span of those rows.
-        chunk: rows unembedded at once; None for as many as make about 16 million logits.
+        chunk: rows unembedded at once; None for as many as make about 16 million logits, or
+            up to 128 of a larger vocabulary.
 
     Raises:
         ConfigError: `chunk` is not positive.
@@ -410,7 +414,8 @@ def _refuse_second_derivative() -> None:
 
 def _chunk_rows(chunk: int | None, vocabulary: int, device: torch.device) -> int:
     if chunk is None:
-        return max(1, _CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"] // vocabulary)
+        elements = _CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
+        return max(1, elements // vocabulary, min(_FEW_ROWS, 2 * elements // vocabulary))
     if chunk < 1:
         raise ConfigError(f"chunk must be at least 1 row, got {chunk}")
     return chunk
