@@ -145,3 +145,24 @@ def test_differences_are_shown_key_by_key() -> None:
     before, after = plain(Car()), plain(Car(body=Body(doors=2), engine=Engine(power=2.0)))
     assert difference(before, after) == ["power: 1.0 -> 2.0", "body.doors: None -> 2"]
     assert difference(before, before) == []
+
+
+def _fast() -> Engine:
+    return Engine(power=12.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Racer:
+    """A car whose engine has defaults of its own."""
+
+    engine: Annotated[Engine, FLAT] = field(default_factory=_fast)
+    team: str = ""
+
+
+def test_a_file_that_leaves_something_out_leaves_it_as_the_owner_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "racer.yaml"
+    path.write_text("team: red\n")
+    for text in ("team: red\n", "{}\n"):
+        assert load(Racer, text, origin="x").engine == _fast()
+    read_settings = read(Racer, ["--config", str(path)], prog="p", description="").settings
+    assert read_settings.engine == _fast()

@@ -173,7 +173,8 @@ def build(
         group = _group(hints[field.name])
         if group is not None and _is_flat(hints[field.name]):
             inner = {key: content[key] for key in _names(group) if key in content}
-            values[field.name] = build(group, inner, origin=origin, path=path, partial=partial)
+            made = build(group, inner, origin=origin, path=path, partial=partial)
+            values[field.name] = _with_defaults_of(field, made, inner)
         elif field.name in content:
             value = content[field.name]
             if group is not None:
@@ -297,6 +298,17 @@ def _names(cls: Any) -> list[str]:
 
 def _prefixed(path: str, names: Sequence[str]) -> list[str]:
     return [f"{path}{name}" for name in names]
+
+
+def _with_defaults_of(field: dataclasses.Field[Any], made: Any, given: Mapping[str, Any]) -> Any:
+    """A flat group in which what was not given is as its owner has it, not its own class."""
+    if field.default_factory is dataclasses.MISSING:
+        return made
+    default = field.default_factory()
+    absent = [each.name for each in dataclasses.fields(made) if each.name not in given]
+    hints = get_type_hints(type(made), include_extras=True)
+    kept = {name: getattr(default, name) for name in absent if not _is_flat(hints[name])}
+    return dataclasses.replace(made, **kept)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

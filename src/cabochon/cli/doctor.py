@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.text import Text
 
-from cabochon.cli import checks
+from cabochon.cli import checks, teacher_checks
 from cabochon.cli.checks import Check
 from cabochon.cli.configuration import parse, plain, read
 from cabochon.cli.drawing import Drawn, draw
@@ -108,11 +108,18 @@ def _examine_run(recipe: Recipe[Any], settings: Any) -> _Findings:
     findings.checks += [*checks.tokenizer(found), checks.model(run, found)]
     if recipe.chat:
         findings.checks.append(checks.template(found))
-    if teacher := plain(settings).get("teacher"):
-        findings.checks.append(checks.vocabulary(found, teacher))
+    named = plain(settings)
+    for name in ("teacher", "teacher_cache"):
+        if named.get(name):
+            findings.checks += teacher_checks.teacher(found, named[name], run)
     if not run.data:
         findings.checks.append(Check(name="data", well=False, text="none is named: --data FILE"))
     for name in run.data:
+        if recipe.examine is not None:
+            some, row = recipe.examine(settings, found, name)
+            findings.checks += some
+            findings.sample = findings.sample or row
+            continue
         findings.checks += _examine_data(name, run, found, findings, chat=recipe.chat)
     return findings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +17,10 @@ from cabochon.core import Objective, Policy, Step, TokenBatch
 from cabochon.core.errors import ConfigError
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.training.optimizers import OptimizerConfig
+
+if TYPE_CHECKING:
+    from cabochon.cli.checks import Check
+    from cabochon.cli.drawing import Drawn
 
 __all__ = [
     "ALGORITHMS",
@@ -31,6 +35,7 @@ __all__ = [
 ALGORITHMS = {
     "pretrain": "cabochon.cli.pretrain",
     "sft": "cabochon.cli.sft",
+    "gkd": "cabochon.cli.gkd",
 }
 """Algorithm -> the module whose RECIPE says how to run it."""
 
@@ -78,7 +83,10 @@ class Recipe(Generic[S]):
     objective: Callable[[S, Policy | None], Objective[Policy, TokenBatch]]
     """What is minimised, given a teacher or none."""
     folders: Callable[[S], dict[str, str]]
-    """Further model folders that the result depends on, by the name of their setting."""
+    """What else the result depends on, by the name of its setting: model folders, teacher caches,
+    servers."""
+    examine: Callable[[S, Tokenizer, str], tuple[list[Check], list[Drawn]]] | None = None
+    """What the doctor finds in a name of `--data`, and a row to draw; None for packed rows."""
 
 
 def recipe_of(algorithm: str) -> Recipe[Any]:

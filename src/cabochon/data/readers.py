@@ -93,7 +93,11 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def read_chats(
-    path: str | Path, *, prompt: str = "prompt", completion: str = "completion"
+    path: str | Path,
+    *,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    answered: bool = True,
 ) -> Iterator[Conversation]:
     """The conversations of a file or folder of records.
 
@@ -105,6 +109,8 @@ def read_chats(
         path: a file or folder of a kind named at the top of this module.
         prompt: the field of what the user says, in rows without messages.
         completion: the field of what the model says, in rows without messages.
+        answered: each row must hold what the model says; otherwise a prompt alone is a
+            conversation too.
 
     Raises:
         DataError: a row is neither, or the path cannot be read.
@@ -114,11 +120,10 @@ def read_chats(
         values, source = record.values, record.source
         if "messages" in values:
             messages = _messages(values["messages"], "messages", source)
-        elif prompt in values and completion in values:
-            messages = [
-                *_said("user", values[prompt], prompt, source),
-                *_said("model", values[completion], completion, source),
-            ]
+        elif prompt in values and (completion in values or not answered):
+            messages = _said("user", values[prompt], prompt, source)
+            if completion in values:
+                messages = [*messages, *_said("model", values[completion], completion, source)]
         else:
             raise DataError(
                 f"{source}: expected the field 'messages', or {prompt!r} and {completion!r}; "

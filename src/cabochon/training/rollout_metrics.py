@@ -25,26 +25,27 @@ RATIOS = {
 }
 """Metric -> the two sums whose ratio it is."""
 
+COMPARED = 32
+"""Tokens whose log-probabilities are computed again."""
+
 
 @torch.no_grad()
 def sums(drawn: Sequences, prediction: Prediction) -> dict[str, Tensor]:
     """Sums over one micro-batch, for `Loss.report`.
 
-    The recorded log-probabilities are compared with the training forward's on the first sequence
-    that the model wrote itself: one is enough to see a sampler that computes something else.
+    The recorded log-probabilities are compared with the training forward's at a few tokens of the
+    first sequence that the model wrote itself: enough to see a sampler that computes otherwise.
 
     Args:
         drawn: B rows.
         prediction: of the rows as they are now, at temperature 1.
     """
     batch, own = drawn.batch, drawn.own.float()
-    compared = torch.zeros_like(batch.mask)
-    first = drawn.own.nonzero().flatten()[:1]
-    compared[first] = batch.mask[first]
-    rows = compared.flatten().nonzero().flatten()
-    targets = batch.targets.flatten()[rows]
-    now = prediction.logits(rows).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    gap = (now - drawn.recorded.flatten()[rows]).abs().sum()
+    row = int(drawn.own.int().argmax())  # the first of its own, if there is one
+    places = (batch.mask[row] & drawn.own[row]).nonzero().flatten()[:COMPARED]
+    targets = batch.targets[row, places].unsqueeze(-1)
+    logprob = prediction.logits(places + row * batch.shape[1]).log_softmax(-1)
+    gap = (logprob.gather(-1, targets).squeeze(-1) - drawn.recorded[row, places]).abs().sum()
     return {
         "sum_rows": torch.tensor(float(len(own)), device=own.device),
         "sum_tokens": batch.mask.sum().float(),
@@ -52,7 +53,7 @@ def sums(drawn: Sequences, prediction: Prediction) -> dict[str, Tensor]:
         "sum_stopped": (drawn.stopped * own).sum(),
         "sum_reward": (drawn.reward * own).sum(),
         "sum_gap": gap.float(),
-        "sum_compared": compared.sum().float(),
+        "sum_compared": torch.tensor(float(len(places)), device=own.device),
     }
 
 
