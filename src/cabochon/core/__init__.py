@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cabochon.core.types import (
         Completion,
         Group,
+        GroupTargets,
         LinearPrediction,
         Loss,
         SampledTargets,
@@ -36,6 +37,7 @@ __all__ = [
     "Cache",
     "Completion",
     "Group",
+    "GroupTargets",
     "Key",
     "LinearPrediction",
     "Loss",

@@ -11,7 +11,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor
 
 from cabochon.core.keys import Key
-from cabochon.core.types import Group, Loss, SampledTargets, TokenBatch, TopKTargets
+from cabochon.core.types import (
+    Group,
+    GroupTargets,
+    Loss,
+    SampledTargets,
+    TokenBatch,
+    TopKTargets,
+)
 
 __all__ = [
     "Backbone",
@@ -55,7 +62,9 @@ class Teacher(Protocol):
     The positions of the batch whose mask is True are asked for; of the others it need say nothing.
     """
 
-    def __call__(self, batch: TokenBatch, /) -> Prediction | TopKTargets | SampledTargets:
+    def __call__(
+        self, batch: TokenBatch, /
+    ) -> Prediction | TopKTargets | SampledTargets | GroupTargets:
         """Its distribution over the next token, whole, cut to the likeliest, or drawn from."""
         ...
 

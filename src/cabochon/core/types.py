@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "Completion",
     "Group",
+    "GroupTargets",
     "LinearPrediction",
     "Loss",
     "SampledTargets",
@@ -172,6 +173,16 @@ class SampledTargets:
     share: Tensor
     """B T m float32: of the position's draws, summing to 1 (0 where `ids` is -1); all 0 where the
     teacher says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupTargets:
+    """How likely a teacher of another vocabulary finds each group of the text's tokens."""
+
+    group: Tensor
+    """B T int64: the group, from 0, that a position's target is in; -1 for none."""
+    logprob: Tensor
+    """n float32, nats: of the bytes of each group, as the teacher's own tokens spell them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from cabochon.core.errors import ConfigError, DataError, FolderError
 from cabochon.core.keys import Key
 from cabochon.core.protocols import Prediction, Teacher
-from cabochon.core.types import SampledTargets, TopKTargets
+from cabochon.core.types import GroupTargets, SampledTargets, TopKTargets
 from cabochon.data.batches import DIGEST_BYTES, Placed, digest, documents
 from cabochon.data.mapped import mapped
 from cabochon.data.packed import Packed
@@ -146,8 +146,10 @@ class _Work:
         return True
 
     def _said(
-        self, said: Prediction | TopKTargets | SampledTargets, document: Placed
+        self, said: Prediction | TopKTargets | SampledTargets | GroupTargets, document: Placed
     ) -> dict[str, NDArray[Any]]:
+        if isinstance(said, GroupTargets):
+            raise ConfigError("what a teacher of another vocabulary says cannot be cached")
         rows = torch.from_numpy(document.flat[document.counted]).to(self.device)
         if self.identity.form == "sampled":
             if isinstance(said, TopKTargets | SampledTargets):

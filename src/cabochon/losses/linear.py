@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cabochon.core import (
+    GroupTargets,
     Loss,
     Prediction,
     SampledTargets,
@@ -20,6 +21,7 @@ from cabochon.core import (
 from cabochon.core.errors import ConfigError
 from cabochon.losses.divergences import DivergenceScore, TeacherRows, is_forward_kl
 from cabochon.losses.f_divergences import FDivergence
+from cabochon.losses.groups import group_divergence, group_values
 from cabochon.losses.rows import Counted, RowScore, RowSoftmax, blocks, row_sums, row_terms
 from cabochon.losses.targets import SampledScore, TopKScore
 
@@ -51,7 +53,7 @@ def cross_entropy(prediction: Prediction, batch: TokenBatch, *, chunk: int | Non
 
 def distillation(
     student: Prediction,
-    target: Prediction | TopKTargets | SampledTargets,
+    target: Prediction | TopKTargets | SampledTargets | GroupTargets,
     batch: TokenBatch,
     *,
     chunk: int | None = None,
@@ -66,7 +68,8 @@ def distillation(
         student: predictions of the positions of `batch`; as in `cross_entropy`.
         target: what the teacher says of the same positions, over the same vocabulary: its whole
             distribution, its likeliest tokens and the tail (the tail is one outcome), or draws
-            (an unbiased estimate of the whole).
+            (an unbiased estimate of the whole); or, of another vocabulary, groups of tokens
+            (`losses.groups`, which says what is counted then).
         batch: gives the mask (and the targets of the report), B T.
         chunk: rows whose logits exist at once, as in `cross_entropy`.
 
@@ -84,6 +87,8 @@ def distillation(
 
     Source: Gemma 2 report, arXiv:2408.00118, section 3.1.
     """
+    if isinstance(target, GroupTargets):
+        return group_divergence(student, target, batch, None, chunk=chunk)
     counted = Counted.of(batch)
     score: RowScore
     names: tuple[str, ...]
@@ -99,7 +104,7 @@ def distillation(
 
 def divergence(
     student: Prediction,
-    target: Prediction | TopKTargets | SampledTargets,
+    target: Prediction | TopKTargets | SampledTargets | GroupTargets,
     batch: TokenBatch,
     f: FDivergence,
     *,
@@ -119,7 +124,8 @@ def divergence(
             - its likeliest tokens and the tail: the divergence of those k + 1 outcomes, a lower
               bound of the whole one that is exact where k is the vocabulary;
             - draws: for KL(p_T || p_S) alone, an unbiased estimate of its cross-entropy, which
-              exceeds it by the teacher's entropy and has the same gradient.
+              exceeds it by the teacher's entropy and has the same gradient;
+            - of another vocabulary, groups of tokens: see `losses.groups`.
         batch: gives the mask (and the targets of the report), B T.
         f: any object of `cabochon.losses.f_divergences`, or with its `pointwise`.
         weights: B T, what multiplies each counted position's terms; 1 where absent. With
@@ -137,6 +143,8 @@ def divergence(
             position is missing, NaN or no distribution; weights of another shape or not finite.
         ConfigError: `chunk` is not positive; draws with another f than KL(p_T || p_S).
     """
+    if isinstance(target, GroupTargets):
+        return group_divergence(student, target, batch, f, weights=weights, chunk=chunk)
     counted = Counted.of(batch, weights)
     score, names = _divergence_score(student, target, counted, f)
     sums = row_sums(student, counted.rows, score, chunk)
@@ -145,7 +153,7 @@ def divergence(
 
 def divergence_values(
     student: Prediction,
-    target: Prediction | TopKTargets | SampledTargets,
+    target: Prediction | TopKTargets | SampledTargets | GroupTargets,
     batch: TokenBatch,
     f: FDivergence,
     *,
@@ -153,8 +161,10 @@ def divergence_values(
 ) -> Tensor:
     """n float32: what `divergence` sums, for each counted position in order, without gradient.
 
-    Arguments and errors are those of `divergence`.
+    Of a group of tokens the first position has all. Arguments and errors are those of `divergence`.
     """
+    if isinstance(target, GroupTargets):
+        return group_values(student, target, batch, f, chunk=chunk)
     counted = Counted.of(batch)
     score, _ = _divergence_score(student, target, counted, f)
     return row_terms(student, counted.rows, score, chunk)[:, 0].float()

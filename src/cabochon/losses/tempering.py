@@ -8,12 +8,19 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from cabochon.core import LinearPrediction, Prediction, SampledTargets, TokenBatch, TopKTargets
+from cabochon.core import (
+    GroupTargets,
+    LinearPrediction,
+    Prediction,
+    SampledTargets,
+    TokenBatch,
+    TopKTargets,
+)
 from cabochon.core.errors import ConfigError
 
 __all__ = ["tempered", "text_targets"]
 
-T = TypeVar("T", bound=Prediction | TopKTargets | SampledTargets)
+T = TypeVar("T", bound=Prediction | TopKTargets | SampledTargets | GroupTargets)
 
 
 @dataclass(frozen=True)
@@ -31,14 +38,14 @@ def tempered(target: T, temperature: float) -> T:
     """The same distributions with their logits divided by `temperature`, once more.
 
     Raises:
-        ConfigError: the temperature is not above 0; or is not 1, where only the likeliest tokens or
-            some draws of a distribution are known.
+        ConfigError: the temperature is not above 0; or is not 1, where only the likeliest tokens,
+            some draws or the text's own probability are known.
     """
     if not 0.0 < temperature < float("inf"):
         raise ConfigError(f"a temperature is finite and above 0, got {temperature}")
     if temperature == 1.0:
         return target
-    if isinstance(target, TopKTargets | SampledTargets):
+    if isinstance(target, TopKTargets | SampledTargets | GroupTargets):
         raise ConfigError(
             f"a teacher that does not say its whole distribution has none at temperature "
             f"{temperature}; leave its temperature at 1, or use the teacher's weights"
