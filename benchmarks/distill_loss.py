@@ -141,14 +141,17 @@ def gkd(sizes: Sizes) -> Callable[[], float]:
 
 
 def products(sizes: Sizes) -> Callable[[], None]:
-    """The four matrix products alone: two of logits, two of gradients, in ours' chunks of rows."""
+    """The four matrix products alone: two of logits, two of gradients, in ours' chunks of rows.
+
+    As in any step, the memory of the gradients and of one chunk of logits is asked for anew.
+    """
     hidden, head, teacher_hidden, teacher_head = (t.detach() for t in sizes.tensors())
     hidden, teacher_hidden = hidden[0], teacher_hidden[0]
-    chunk = min(sizes.rows, 128)
-    raw, teacher_raw = (head.new_empty(chunk, sizes.vocabulary) for _ in range(2))
-    by_hidden, by_head = torch.empty_like(hidden), torch.empty_like(head)
+    chunk = min(sizes.rows, 256)
 
     def step() -> None:
+        raw, teacher_raw = (head.new_empty(chunk, sizes.vocabulary) for _ in range(2))
+        by_hidden, by_head = torch.empty_like(hidden), torch.empty_like(head)
         for start in range(0, sizes.rows, chunk):
             span = slice(start, start + chunk)
             torch.mm(hidden[span], head.T, out=raw)

@@ -30,6 +30,8 @@ from cabochon.losses.rows import Counted, RowSoftmax, blocks, wide
 __all__ = ["DivergenceScore", "TeacherRows", "check_vocabularies", "is_forward_kl"]
 
 _LN2 = math.log(2.0)
+_TEACHER_ELEMENTS = 2**25
+"""A teacher's logits that exist at once, where a chunk of the student's has more."""
 _FAR = 100.0
 """Octaves between p and q beyond which Jensen-Shannon's terms no longer change in float32."""
 _TEMPERED_BETA = 0.02
@@ -100,36 +102,47 @@ class DivergenceScore:
         self.quick = _quick(f)
 
     def __call__(self, raw: Tensor, span: slice, gradient: bool) -> Tensor:
-        counted, softmax = self.counted, self.softmax
-        all_targets = self.counted.targets_within(raw.shape[-1], span)
+        targets = self.counted.targets_within(raw.shape[-1], span)
         terms = raw.new_empty(raw.shape[0], self.size, dtype=torch.float64)
-        teacher_raw = self.teacher.raw(counted.rows[span], raw)
-        weights = counted.factor(span, terms)
-        for block in blocks(raw):
-            chosen, teacher_chosen = raw[block], teacher_raw[block]
-            targets = all_targets[block]
-            inner, teacher, student = self._open(chosen, teacher_chosen)
-            log_total = student.total.double().log2()
-            terms[block, 1:] = log_total - student.exponent.gather(1, targets)
-            terms[block, 1:] *= _LN2
+        step = max(1, _TEACHER_ELEMENTS // raw.shape[1])
+        for start in range(0, len(raw), step):
+            part = slice(start, start + step)
+            rows = self.counted.rows[span][part]
+            teacher_raw = self.teacher.raw(rows, raw[part])
+            for block in blocks(raw[part]):
+                first = span.start + start + block.start
+                terms[part][block] = self._block(
+                    raw[part][block], teacher_raw[block], targets[part][block], first, gradient
+                )
+        weights = self.counted.factor(span, terms)
+        return terms if weights is None else terms * weights
+
+    def _block(
+        self, raw: Tensor, teacher_raw: Tensor, targets: Tensor, first: int, gradient: bool
+    ) -> Tensor:
+        """n size: the terms of a block, whose first row is the counted position `first`."""
+        inner, teacher, student = self._open(raw, teacher_raw)
+        log_total = student.total.double().log2()
+        surprise = (log_total - student.exponent.gather(1, targets)) * _LN2
+        outcome: _Outcome | None = None
+        if self.quick is not None:
             shift = log_total - teacher.total.double().log2()
-            value: Tensor | None = None
-            if self.quick is not None:
-                value, by_logit, factor = self.quick(teacher, student, shift.to(inner.dtype))
-            if value is None or not bool(value.isfinite().all()):
-                if value is not None:
-                    inner, teacher, student = self._open(chosen, teacher_chosen)
-                self._refuse_nothing(teacher, span.start + block.start)
-                value, by_logit, factor = _pointwise(self.f, teacher, student)
-            terms[block, :1] = value
-            if gradient:
-                factor = factor * softmax.slope
-                if weights is not None:
-                    factor = (factor * weights[block]).to(by_logit.dtype)
-                softmax.close(by_logit, inner, chosen, factor)
-        if weights is not None:
-            terms *= weights
-        return terms
+            outcome = self.quick(teacher, student, shift.to(student.total.dtype))
+        if outcome is None or not bool(outcome[0].isfinite().all()):
+            if outcome is not None:
+                inner, teacher, student = self._open(raw, teacher_raw)
+            wrong = ~teacher.total.squeeze(1).isfinite()
+            what = "the teacher's logits are NaN, or exclude every token,"
+            self.counted.refuse(wrong, what, first)
+            outcome = _pointwise(self.f, teacher, student)
+        value, by_logit, factor = outcome
+        if gradient:
+            factor = factor * self.softmax.slope
+            weights = self.counted.factor(slice(first, first + len(raw)), factor)
+            if weights is not None:
+                factor = factor * weights
+            self.softmax.close(by_logit, inner, raw, factor)
+        return torch.cat([value, surprise], -1)
 
     def _open(self, raw: Tensor, teacher_raw: Tensor) -> tuple[Tensor, _Side, _Side]:
         """(inner of the student, teacher, student) of a block."""
@@ -141,11 +154,6 @@ class DivergenceScore:
         inner, exponent = self.softmax.open(raw)
         power, total = self.softmax.powers(exponent)
         return inner, teacher, _Side(exponent, power, total)
-
-    def _refuse_nothing(self, teacher: _Side, start: int) -> None:
-        wrong = ~teacher.total.squeeze(1).isfinite()
-        what = "the teacher's logits are NaN, or exclude every token,"
-        self.counted.refuse(wrong, what, start)
 
 
 def is_forward_kl(f: FDivergence) -> bool:

@@ -42,9 +42,9 @@ __all__ = [
 
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 """Logits of one chunk when the caller names no chunk: rows x vocabulary."""
-_FEW_ROWS = 128
+_FEW_ROWS = 256
 """With fewer, products are slow and the head's gradient is read and written too often: where a
-chunk of as many logits has fewer, it may have twice as many."""
+chunk of as many logits has fewer, it may have four times as many."""
 _BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Logits that are worked on at once; on a CPU a few such blocks fit in its cache."""
 _LARGEST_LOGISTIC_CAP = 100.0
@@ -256,7 +256,9 @@ class _LinearRows(torch.autograd.Function):
         gradients, ctx.ready = ctx.ready, None
         if gradients is None:
             _, *gradients = _accumulate(*ctx.saved_tensors, ctx.work)
-        by_hidden, by_head = (None if g is None else g.mul_(grad_sums[0]) for g in gradients)
+        if grad_sums.is_cuda or grad_sums[0] != 1.0:
+            gradients = [None if g is None else g.mul_(grad_sums[0]) for g in gradients]
+        by_hidden, by_head = gradients
         return by_hidden, by_head, None, None, None
 
 
@@ -272,7 +274,7 @@ def linear_sums(
         rows: n int64, flat positions of (B T), each at most once.
         score: the loss of a span of those rows.
         chunk: rows unembedded at once; None for as many as make about 16 million logits, or
-            up to 128 of a larger vocabulary.
+            up to 256 of a larger vocabulary.
 
     Raises:
         ConfigError: `chunk` is not positive.
@@ -415,7 +417,7 @@ def _refuse_second_derivative() -> None:
 def _chunk_rows(chunk: int | None, vocabulary: int, device: torch.device) -> int:
     if chunk is None:
         elements = _CHUNK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
-        return max(1, elements // vocabulary, min(_FEW_ROWS, 2 * elements // vocabulary))
+        return max(1, elements // vocabulary, min(_FEW_ROWS, 4 * elements // vocabulary))
     if chunk < 1:
         raise ConfigError(f"chunk must be at least 1 row, got {chunk}")
     return chunk
