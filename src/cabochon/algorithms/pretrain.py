@@ -3,6 +3,7 @@
 Source: Gemma Team 2024, arXiv:2403.08295, section 4 (next-token prediction), and Gemma Team 2024,
 arXiv:2408.00118, section 3 (knowledge distillation: at every position of real text, the
 cross-entropy between the teacher's distribution and the student's in place of the next token's).
+The losses other than cross-entropy: Roulet et al. 2025, arXiv:2501.18537.
 Deviations: the reports name neither optimiser nor schedule; AdamW with a warm-up and a cosine is
 ours. Neither says how much of the teacher's distribution was kept; any teacher serves here, one
 that runs beside the student, whose distribution is whole, or one that says less of it.
@@ -19,11 +20,11 @@ from torch.optim import Optimizer
 
 from cabochon.core import Loss, Objective, Policy, Step, Teacher, TokenBatch
 from cabochon.core.errors import ConfigError
-from cabochon.losses import linear
+from cabochon.losses import fenchel_young, linear
 from cabochon.training.fit import fit
 from cabochon.training.schedules import Kind, Schedule, scheduled
 
-__all__ = ["Config", "distillation_objective", "objective", "train"]
+__all__ = ["Config", "chosen_objective", "distillation_objective", "objective", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,12 @@ class Config:
     """Fraction of the learning rate that the last update keeps (cosine, linear)."""
     max_grad_norm: float = 1.0
     """Longer mean gradients are shortened to this norm."""
+    loss: fenchel_young.LossName = "cross_entropy"
+    """What a token of text costs: cross-entropy, or the Fenchel-Young loss of another
+    divergence."""
+    loss_parameter: float | None = None
+    """What belongs to the loss: a of alpha (1.5 is in wide use), beta in [0, 1] of jsd and
+    jsd_paper."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.accumulate < 1:
@@ -52,6 +59,14 @@ class Config:
         _ = self.learning_rate_schedule  # refuses a warm-up or floor that cannot be
         if not self.max_grad_norm > 0.0:
             raise ConfigError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        fenchel_young.named(self.loss, self.loss_parameter)
+
+    def taught_otherwise(self) -> ConfigError:
+        """What is said where `loss` and a teacher are both asked for."""
+        return ConfigError(
+            f"a teacher is learned by cross-entropy, not by loss {self.loss}; leave out one of the "
+            "two (gkd learns from a teacher by any divergence)"
+        )
 
     @property
     def learning_rate_schedule(self) -> Schedule:
@@ -80,6 +95,23 @@ def distillation_objective(teacher: Teacher) -> Objective[Policy, TokenBatch]:
     return loss
 
 
+def chosen_objective(config: Config, teacher: Teacher | None) -> Objective[Policy, TokenBatch]:
+    """What a run minimises: a teacher's distribution, or the text with the loss that is named.
+
+    Other losses than cross-entropy report `accuracy`, how often the token's logit is the highest,
+    and, where they are sparse, `support`, how many tokens have a probability above 0.
+
+    Raises:
+        ConfigError: another loss than cross-entropy beside a teacher.
+    """
+    if config.loss == "cross_entropy":
+        return objective if teacher is None else distillation_objective(teacher)
+    if teacher is not None:
+        raise config.taught_otherwise()
+    criterion = fenchel_young.named(config.loss, config.loss_parameter)
+    return lambda model, batch: criterion(model(batch), batch)
+
+
 def train(
     config: Config,
     model: Policy,
@@ -101,7 +133,7 @@ def train(
     """
     steps = fit(
         model,
-        objective if teacher is None else distillation_objective(teacher),
+        chosen_objective(config, teacher),
         batches,
         optimizer,
         accumulate=config.accumulate,

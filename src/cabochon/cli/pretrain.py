@@ -31,6 +31,10 @@ class PretrainSettings:
     method: Annotated[pretrain.Config, FLAT] = field(default_factory=pretrain.Config)
     optimizer: Annotated[OptimizerConfig, FLAT] = field(default_factory=OptimizerConfig)
 
+    def __post_init__(self) -> None:
+        if self.teaching.named and self.method.loss != "cross_entropy":
+            raise self.method.taught_otherwise()
+
 
 def _pack(settings: PretrainSettings, tokenizer: Tokenizer) -> Rows:
     rows = document_rows(settings.run, tokenizer)
@@ -55,10 +59,8 @@ def _train(settings: PretrainSettings, model: nn.Module, tokenizer: Tokenizer) -
     return train
 
 
-def _objective(
-    _settings: PretrainSettings, teacher: Policy | None
-) -> Objective[Policy, TokenBatch]:
-    return pretrain.objective if teacher is None else pretrain.distillation_objective(teacher)
+def _objective(settings: PretrainSettings, teacher: Policy | None) -> Objective[Policy, TokenBatch]:
+    return pretrain.chosen_objective(settings.method, teacher)
 
 
 def _folders(settings: PretrainSettings) -> dict[str, str]:

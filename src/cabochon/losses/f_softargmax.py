@@ -52,6 +52,8 @@ _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 """Logits that are worked on at once; on a CPU a few such blocks fit in its cache."""
 _MOST_PASSES = 100
 """Bisection alone would need about 60."""
+_USUAL_PASSES = 8
+"""What a rehearsal without values takes."""
 _WORTHWHILE = 16
 """A sparse row is cut to its candidates where they are fewer than one in this many."""
 _HALVINGS = 5
@@ -330,6 +332,8 @@ def _candidates(task: Task, block: slice, highest: Tensor) -> Tensor | None:
     gives nothing beyond.
     """
     f, rows, q = task.f, task.rows[block], task.measure
+    if rows.is_meta:  # a rehearsal of sizes: there are no values to tell few from many
+        return None
     if isinstance(q, Tensor):
         at = rows.argmax(-1, keepdim=True)
         ratio = 1.0 / (q[at] if q.dim() == 1 else q[block].gather(1, at))
@@ -397,7 +401,7 @@ def ratios(f: FDivergence, gap: Tensor, measure: Measure) -> tuple[Tensor, Tenso
     warped, unit = f.warped(gap), _is_unit(measure)
     tolerance = 8.0 * torch.finfo(gap.dtype).eps
     top, last = start, (highest / lowest).log()
-    for passes in range(_MOST_PASSES):
+    for passes in range(_USUAL_PASSES if gap.is_meta else _MOST_PASSES):
         found = f.lowered(top, warped)
         total = (found if unit else found * measure).sum(-1, keepdim=True)
         wrong = (total - 1.0).abs()
