@@ -24,6 +24,7 @@ COMMANDS = (
     "train sft",
     "train gkd",
     "run gemma2",
+    "run teacher_hacking",
     "resume",
     "plan pretrain",
     "plan sft",

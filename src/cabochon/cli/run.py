@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +13,15 @@ from cabochon.cli.machine import device_of
 from cabochon.cli.stages import carry_out
 from cabochon.cli.words import unknown
 from cabochon.core.errors import ConfigError
-from cabochon.pipelines import demo, gemma2
+from cabochon.pipelines import demo, gemma2, teacher_hacking
+from cabochon.pipelines.stages import Observe
 
-__all__ = ["PIPELINES", "Gemma2Settings", "main", "resume"]
+__all__ = ["PIPELINES", "Gemma2Settings", "TeacherHackingSettings", "main", "resume"]
 
 PIPELINES = {
     "gemma2": "a teacher, a student distilled from it, the same student from scratch, tuning",
     "demo": "gemma2, sized for minutes, on the source of the standard library",
+    "teacher_hacking": "does a student that nears its teacher leave the truth? five kinds of data",
 }
 """Pipeline -> what it makes."""
 
@@ -33,34 +35,45 @@ class Gemma2Settings:
     recipe: Annotated[gemma2.Config, FLAT]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherHackingSettings:
+    """Settings of `run teacher_hacking`."""
+
+    out: Path
+    """The folder of all stages; begun there, interrupted and called again, it goes on."""
+    experiment: Annotated[teacher_hacking.Config, FLAT] = field(
+        default_factory=teacher_hacking.Config
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs a pipeline, or goes on with it."""
     if argv and argv[0] in {"-h", "--help"}:
         print("usage: cabochon run PIPELINE [OPTIONS]\n")
+        width = max(map(len, PIPELINES))
         for name, purpose in PIPELINES.items():
-            print(f"  {name:<8}  {purpose}")
+            print(f"  {name:<{width}}  {purpose}")
         print("\ncabochon run PIPELINE --help lists the options.")
         return 0
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"which pipeline? cabochon run {' | '.join(PIPELINES)} ...")
-    if argv[0] == "demo":
-        return demo_verb.main(argv[1:])
-    if argv[0] != "gemma2":
-        raise ConfigError(unknown("pipeline", argv[0], PIPELINES))
+    name, *words = argv
+    if name not in PIPELINES:
+        raise ConfigError(unknown("pipeline", name, PIPELINES))
+    if name == "demo":
+        return demo_verb.main(words)
+    kind: Any = Gemma2Settings if name == "gemma2" else TeacherHackingSettings
     invocation = read(
-        Gemma2Settings,
-        argv[1:],
-        prog="cabochon run gemma2",
-        description=PIPELINES["gemma2"],
-        names={"pipeline": "gemma2"},
+        kind,
+        words,
+        prog=f"cabochon run {name}",
+        description=PIPELINES[name],
+        names={"pipeline": name},
     )
     settings = invocation.settings
-    device_of(settings.recipe.device)  # refuses what is none
-    return carry_out(
-        lambda observe: gemma2.run(settings.recipe, settings.out, observe),
-        settings.out,
-        as_json=invocation.json,
-    )
+    recipe = settings.recipe if isinstance(settings, Gemma2Settings) else settings.experiment
+    device_of(recipe.device)  # refuses what is none
+    return carry_out(_pipeline(recipe, settings.out), settings.out, as_json=invocation.json)
 
 
 def resume(folder: Path, content: Mapping[str, Any], *, as_json: bool) -> int:
@@ -73,5 +86,15 @@ def resume(folder: Path, content: Mapping[str, Any], *, as_json: bool) -> int:
     if name == "demo":
         config = build(demo.Config, rest, origin=origin)
         return carry_out(lambda o: demo.run(config, folder, o), folder, as_json=as_json)
-    recipe = build(gemma2.Config, rest, origin=origin)
-    return carry_out(lambda o: gemma2.run(recipe, folder, o), folder, as_json=as_json)
+    kind: Any = gemma2.Config if name == "gemma2" else teacher_hacking.Config
+    recipe = build(kind, rest, origin=origin)
+    return carry_out(_pipeline(recipe, folder), folder, as_json=as_json)
+
+
+def _pipeline(
+    recipe: gemma2.Config | teacher_hacking.Config, folder: Path
+) -> Callable[[Observe], dict[str, object]]:
+    """The pipeline of which this is the recipe, with everything but its observer decided."""
+    if isinstance(recipe, gemma2.Config):
+        return lambda observe: gemma2.run(recipe, folder, observe)
+    return lambda observe: teacher_hacking.run(recipe, folder, observe)
