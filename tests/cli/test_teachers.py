@@ -336,3 +336,81 @@ def test_the_doctor_compares_soft_caps_and_bos_habits(workshop: Workshop, tmp_pa
     assert "WRONG  teacher's BOS" in found.out
     short = call("doctor", "pretrain", *words, "--teacher", workshop.run, "--context", 9999)
     assert "WRONG  teacher's context" in short.out
+
+
+# --- another tokenizer ---
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizers") / "other"
+    text = write_jsonl(out.parent / "text.jsonl", [{"text": "def return self: for in if " * 9}] * 2)
+    words = ("--data", text, workshop.corpus, "--vocab-size", 340, "--out", out)
+    assert call("data", "tokenizer", *words).code == 0
+    return out
+
+
+def test_a_teacher_of_another_tokenizer_teaches_when_asked(
+    workshop: Workshop, tmp_path: Path, other_tokenizer: Path
+) -> None:
+    words = ("--teacher", workshop.run, "--tokenizer", other_tokenizer)
+    plain = workshop.train(*words, "--out", tmp_path / "plain")
+    assert_refused(plain, "do not share a vocabulary", "--cross-tokenizer")
+    words = (*words, "--cross-tokenizer", "--steps", 12, "--learning-rate", 3e-3)
+    done = workshop.train(*words, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    found = metrics(tmp_path / "run")
+    assert found[-1]["kl"] < found[0]["kl"]
+    assert 0.0 < found[0]["groups"] <= 1.0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    named = manifest["inputs"]["teachers"]["teacher_tokenizer"]
+    assert named == cabochon.load(workshop.model)[1].fingerprint()
+    for folder in (tmp_path / "run" / "checkpoints").glob("step-12"):
+        shutil.rmtree(folder)
+    assert call("resume", tmp_path / "run").code == 0
+
+
+def test_a_served_teacher_of_another_tokenizer_says_the_same(
+    workshop: Workshop, tmp_path: Path, other_tokenizer: Path
+) -> None:
+    pytest.importorskip("httpx2")
+    model, tokenizer = cabochon.load(workshop.model)
+    world = local_server.World(model=model, tokenizer=tokenizer)
+    words = ("--tokenizer", other_tokenizer, "--cross-tokenizer", "--steps", 2, "--context", 40)
+    with local_server.serving(world) as transport:
+        served = ("--teacher", transport.url, "--teacher-tokenizer", workshop.model)
+        done = workshop.train(*words, *served, "--out", tmp_path / "served")
+        assert done.code == 0, done.err
+        wrong = ("--teacher", transport.url, "--tokenizer", other_tokenizer)
+        refused = workshop.train(*wrong, "--out", tmp_path / "wrong")
+        assert_refused(refused, "cuts a sample of text", "--cross-tokenizer")
+    done = workshop.train(*words, "--teacher", workshop.run, "--out", tmp_path / "resident")
+    assert done.code == 0, done.err
+    found = [each["loss"] for each in metrics(tmp_path / "served")]
+    expected = [each["loss"] for each in metrics(tmp_path / "resident")]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--cross-tokenizer",), "needs a --teacher folder or server"),
+        (("--teacher", "http://x", "--cross-tokenizer"), "--teacher-tokenizer FOLDER names"),
+        (("--teacher", "x", "--teacher-tokenizer", "y"), "goes with --cross-tokenizer"),
+    ],
+)
+def test_crossing_refuses_what_cannot_be(
+    workshop: Workshop, tmp_path: Path, words: tuple[object, ...], said: str
+) -> None:
+    assert_refused(workshop.train(*words, "--out", tmp_path / "run"), said, code=2)
+
+
+def test_the_doctor_says_how_much_can_be_compared(
+    workshop: Workshop, other_tokenizer: Path
+) -> None:
+    done = call(
+        "doctor", "pretrain", "--tokenizer", other_tokenizer, "--data", workshop.corpus,
+        "--teacher", workshop.run, "--cross-tokenizer",
+    )  # fmt: skip
+    assert done.code == 0, done.out
+    assert "groups cover the same bytes" in done.out

@@ -20,6 +20,7 @@ from cabochon.cli.recipe import ALGORITHMS, Recipe, recipe_of
 from cabochon.cli.rows import is_packed
 from cabochon.cli.session import load_tokenizer
 from cabochon.cli.settings import Architecture, RunSettings
+from cabochon.cli.teachers import TOKENIZER
 from cabochon.cli.words import unknown
 from cabochon.core.errors import CabochonError, ConfigError
 from cabochon.data.tokenizer import Tokenizer
@@ -111,7 +112,8 @@ def _examine_run(recipe: Recipe[Any], settings: Any) -> _Findings:
     named = plain(settings)
     for name in ("teacher", "teacher_cache"):
         if named.get(name):
-            findings.checks += teacher_checks.teacher(found, named[name], run)
+            own = named.get("cross_tokenizer") and (named[TOKENIZER] or named["teacher"])
+            findings.checks += teacher_checks.teacher(found, named[name], run, own=own or "")
     if not run.data:
         findings.checks.append(Check(name="data", well=False, text="none is named: --data FILE"))
     for name in run.data:

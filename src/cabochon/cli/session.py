@@ -237,8 +237,7 @@ def _model(run: RunSettings, tokenizer: Tokenizer) -> Gemma | ForeignModel:
 
 def _folders(recipe: Recipe[Any], settings: Any) -> dict[str, Path]:
     """Every model folder that the result depends on, by the name of its setting."""
-    sources = recipe.folders(settings)
-    named = {k: model_folder(v) for k, v in sources.items() if teachers.kind(v) == "model"}
+    named = teachers.models_in(recipe.folders(settings))
     if begins_from_folder(settings.run):
         named["model"] = model_folder(settings.run.model.source)
     return named
@@ -246,9 +245,5 @@ def _folders(recipe: Recipe[Any], settings: Any) -> dict[str, Path]:
 
 def _teachers(recipe: Recipe[Any], settings: Any) -> dict[str, Any]:
     """What the manifest keeps of teachers that are no model folders; nothing without one."""
-    named = {
-        k: teachers.identity(v)
-        for k, v in recipe.folders(settings).items()
-        if teachers.kind(v) != "model"
-    }
+    named = teachers.identities(recipe.folders(settings))
     return {"teachers": named} if named else {}

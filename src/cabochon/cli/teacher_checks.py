@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from cabochon.cli import checks
 from cabochon.cli.checks import Check
 from cabochon.cli.machine import model_folder, refuse_rows_beyond, tokenizer_of
@@ -12,7 +14,10 @@ from cabochon.cli.rows import document_rows
 from cabochon.cli.session import begins_from_folder, config_for
 from cabochon.cli.settings import RunSettings
 from cabochon.cli.teachers import check_covers, kind, load_served, open_cache
+from cabochon.core import TokenBatch
 from cabochon.core.errors import CabochonError
+from cabochon.data.alignment import aligned
+from cabochon.data.cross_tokenizer import cross_tokenizer
 from cabochon.data.teacher_cache import TeacherCache
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.data.tokenizer_files import open_backend, read_object, read_utf8
@@ -20,9 +25,25 @@ from cabochon.weight_files import read_json
 
 __all__ = ["teacher"]
 
+HARD_TEXT = "Two  words,\tIt's 12345 (x_y);\n\n  caf\u00e9 e\u0301 \u6f22\u5b57 \U0001f642."
 
-def teacher(student: Tokenizer, spec: str, run: RunSettings) -> Iterator[Check]:
-    """Everything that can be wrong with a teacher before a run asks it."""
+
+def teacher(student: Tokenizer, spec: str, run: RunSettings, *, own: str = "") -> Iterator[Check]:
+    """Everything that can be wrong with a teacher before a run asks it.
+
+    Args:
+        student: the student's tokenizer.
+        spec: the teacher's name.
+        run: of the student.
+        own: where the teacher's tokenizer is another: its folder.
+    """
+    if own:
+        yield checks.attempt("teacher's tokenizer", lambda: _crossing(student, own))
+        if kind(spec) == "server":
+            yield checks.attempt("teacher's server", lambda: _server(tokenizer_of(own), spec))
+        else:
+            yield checks.attempt("teacher's soft-caps", lambda: _caps(student, spec, run))
+        return
     match kind(spec):
         case "server":
             yield checks.attempt("teacher's server", lambda: _server(student, spec))
@@ -33,6 +54,27 @@ def teacher(student: Tokenizer, spec: str, run: RunSettings) -> Iterator[Check]:
             yield checks.attempt("teacher's BOS", lambda: _bos(student, spec))
             yield checks.attempt("teacher's soft-caps", lambda: _caps(student, spec, run))
             yield checks.attempt("teacher's context", lambda: _context(spec, run))
+
+
+def _crossing(student: Tokenizer, folder: str) -> Check:
+    own = tokenizer_of(folder)
+
+    def silent(_: TokenBatch, /) -> Tensor:
+        raise AssertionError
+
+    cross_tokenizer(silent, student, own)  # refuses what cannot be aligned
+    ids = student.encode(HARD_TEXT), own.encode(HARD_TEXT)
+    mine = [student.bytes_of(id_) or b"" for id_ in ids[0]]
+    theirs = [own.bytes_of(id_) or b"" for id_ in ids[1]]
+    groups = aligned(mine, theirs)
+    text = (
+        f"of {len(mine)} and {len(theirs)} tokens of a hard text {len(groups)} groups cover the "
+        "same bytes"
+    )
+    told = sum(len(ours) for ours, _ in groups)
+    if told < len(mine):
+        text += f"; it changes the text: only {told} of the student's tokens can be compared"
+    return Check(name="teacher's tokenizer", well=told == len(mine), text=text)
 
 
 def _server(student: Tokenizer, spec: str) -> Check:

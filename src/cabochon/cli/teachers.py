@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from cabochon import folders
 from cabochon.cli.machine import (
@@ -15,33 +15,43 @@ from cabochon.cli.machine import (
     device_of,
     model_folder,
     refuse_rows_beyond,
+    tokenizer_of,
 )
 from cabochon.cli.output import say
 from cabochon.cli.rows import Rows
 from cabochon.cli.settings import RunSettings
 from cabochon.core import Policy, Teacher
 from cabochon.core.errors import ConfigError, TokenizerMismatch
+from cabochon.data.cross_tokenizer import cross_tokenizer, target_logprob
 from cabochon.data.mixtures import Mixture
 from cabochon.data.packed import Packed
 from cabochon.data.teacher_cache import TeacherCache, is_teacher_cache
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.files import sha256_of
 
+if TYPE_CHECKING:
+    from cabochon.generation.remote import Endpoint
+
 __all__ = [
+    "TOKENIZER",
     "Kind",
     "TeacherSettings",
     "check_covers",
     "files_of",
-    "identity",
+    "identities",
     "kind",
     "load_policy",
     "load_served",
     "load_teacher",
+    "models_in",
     "open_cache",
     "resident",
 ]
 
 Kind = Literal["model", "cache", "server"]
+
+TOKENIZER = "teacher_tokenizer"
+"""The setting that names a tokenizer, not a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +66,10 @@ class TeacherSettings:
     """How many of its likeliest tokens a server is asked for."""
     teacher_model: str = ""
     """Which model of a server; its only one when absent."""
+    cross_tokenizer: bool = False
+    """The teacher has another tokenizer: compare groups of tokens that cover the same bytes."""
+    teacher_tokenizer: str = ""
+    """With cross_tokenizer: its tokenizer folder; the teacher folder's own when absent."""
 
     def __post_init__(self) -> None:
         if self.teacher_cache and kind(self.teacher_cache) != "cache":
@@ -65,6 +79,17 @@ class TeacherSettings:
             )
         if self.teacher_model and kind(self.teacher) != "server":
             raise ConfigError("--teacher-model is for a server: --teacher http://HOST:PORT")
+        if self.teacher_tokenizer and not self.cross_tokenizer:
+            raise ConfigError("--teacher-tokenizer goes with --cross-tokenizer")
+        if self.cross_tokenizer and (not self.teacher or kind(self.named) == "cache"):
+            raise ConfigError(
+                "--cross-tokenizer needs a --teacher folder or server: a cache holds tokens of the "
+                "student's own vocabulary"
+            )
+        if self.cross_tokenizer and kind(self.teacher) == "server" and not self.teacher_tokenizer:
+            raise ConfigError(
+                "a server has no tokenizer folder: --teacher-tokenizer FOLDER names the teacher's"
+            )
 
     @property
     def named(self) -> str:
@@ -74,6 +99,8 @@ class TeacherSettings:
     def sources(self) -> dict[str, str]:
         """Everything that the result depends on, by the name of its setting."""
         named = {"teacher": self.teacher, "teacher_cache": self.teacher_cache}
+        if self.cross_tokenizer:
+            named[TOKENIZER] = self.teacher_tokenizer or self.teacher
         return {name: value for name, value in named.items() if value}
 
 
@@ -84,18 +111,33 @@ def kind(spec: str) -> Kind:
     return "cache" if is_teacher_cache(spec) else "model"
 
 
+def models_in(sources: Mapping[str, str]) -> dict[str, Path]:
+    """The model folders among the sources of a run, by the name of their setting."""
+    return {
+        name: model_folder(value)
+        for name, value in sources.items()
+        if name != TOKENIZER and kind(value) == "model"
+    }
+
+
 def resident(sources: Mapping[str, str]) -> list[Path]:
     """The model folders among the sources of a run that it holds in memory."""
     if any(kind(value) == "cache" for value in sources.values()):
         return []
-    return [model_folder(value) for value in sources.values() if kind(value) == "model"]
+    return list(models_in(sources).values())
 
 
-def identity(spec: str) -> str:
-    """What a run's manifest keeps of a teacher that is no model folder."""
-    if kind(spec) == "cache":
-        return open_cache(spec).sha256()
-    return f"the server at {spec}"
+def identities(sources: Mapping[str, str]) -> dict[str, str]:
+    """What a run's manifest keeps of those that are no model folders."""
+    found = {}
+    for name, value in sources.items():
+        if name == TOKENIZER:
+            found[name] = tokenizer_of(value).fingerprint()
+        elif kind(value) == "cache":
+            found[name] = open_cache(value).sha256()
+        elif kind(value) == "server":
+            found[name] = f"the server at {value}"
+    return found
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -123,6 +165,8 @@ def load_teacher(settings: TeacherSettings, run: RunSettings, tokenizer: Tokeniz
         ServerError: a server cannot be reached, or does not return what a teacher needs.
     """
     source = settings.named
+    if settings.cross_tokenizer:
+        return _load_crossing(settings, run, tokenizer)
     if kind(source) == "server":
         return load_served(
             source, tokenizer, top_k=settings.teacher_top_k, model=settings.teacher_model
@@ -155,10 +199,38 @@ def load_policy(spec: str, run: RunSettings, tokenizer: Tokenizer) -> Policy:
     if unlike is not None:
         raise TokenizerMismatch(
             f"student and teacher {spec} do not share a vocabulary (student against teacher): "
-            f"{unlike}; train the student with the teacher's tokenizer"
+            f"{unlike}; train the student with the teacher's tokenizer, or compare groups of "
+            "tokens that cover the same bytes: --cross-tokenizer"
         )
     refuse_rows_beyond(teacher.context, run.context, f"the teacher {spec}")
     return cast(Policy, teacher.requires_grad_(False))
+
+
+def _load_crossing(settings: TeacherSettings, run: RunSettings, tokenizer: Tokenizer) -> Teacher:
+    """A teacher of another tokenizer, in process or served."""
+    own = tokenizer_of(settings.teacher_tokenizer or settings.teacher)
+    if tokenizer.difference(own) is None:
+        say(
+            "note: teacher and student have one tokenizer; more is learned without "
+            "--cross-tokenizer"
+        )
+    if kind(settings.teacher) == "server":
+        from cabochon.generation.teacher import served_logprob
+
+        endpoint = _endpoint(settings.teacher, own, settings.teacher_model)
+        return cross_tokenizer(served_logprob(endpoint), tokenizer, own, context=endpoint.context)
+    teacher, found = folders.load(
+        model_folder(settings.teacher),
+        dtype=DTYPES[run.precision],
+        device=device_of(run.device),
+    )
+    unlike = own.difference(found)
+    if unlike is not None:
+        raise TokenizerMismatch(
+            f"--teacher-tokenizer {settings.teacher_tokenizer} is not that of the teacher: {unlike}"
+        )
+    policy = cast(Policy, teacher.requires_grad_(False))
+    return cross_tokenizer(target_logprob(policy), tokenizer, own, context=teacher.context)
 
 
 def load_served(url: str, tokenizer: Tokenizer, *, top_k: int, model: str = "") -> Teacher:
@@ -169,13 +241,18 @@ def load_served(url: str, tokenizer: Tokenizer, *, top_k: int, model: str = "") 
         ServerError: it cannot be reached, or returns no log-probabilities of prompts.
         MissingExtra: httpx2 or tenacity is not installed.
     """
-    from cabochon.generation.teacher import connect, served
+    from cabochon.generation.teacher import served
+
+    return served(_endpoint(url, tokenizer, model), top_k, tokenizer.vocab_size)
+
+
+def _endpoint(url: str, tokenizer: Tokenizer, model: str) -> Endpoint:
+    from cabochon.generation.teacher import connect
     from cabochon.generation.transport import Transport
 
     key = os.environ.get("VLLM_API_KEY", "")
     transport = Transport(url=url, api_key=key, notice=say)
-    endpoint = connect(transport, tokenizer.encode, model=model)
-    return served(endpoint, top_k, tokenizer.vocab_size)
+    return connect(transport, tokenizer.encode, model=model)
 
 
 def check_covers(cache: TeacherCache, rows: Rows) -> None:

@@ -31,6 +31,9 @@ from cabochon.training.runs import Outcome
 
 __all__ = ["carry_out", "main", "peak_memory", "resolved"]
 
+PATHS = ("teacher", "teacher_cache", "teacher_tokenizer")
+"""Settings beside those of the run that may name files."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Begins a run and records it to its end, or to a signal."""
@@ -74,7 +77,7 @@ def resolved(settings: Any) -> Any:
         threads=use_threads(run.threads),
     )
     named = plain(settings)
-    teachers = {k: named[k] for k in ("teacher", "teacher_cache") if named.get(k)}
+    teachers = {k: named[k] for k in PATHS if named.get(k)}
     absolute = {k: v if kind(v) == "server" else _absolute(v) for k, v in teachers.items()}
     return replaced(dataclasses.replace(settings, run=fixed), absolute)
 
