@@ -464,6 +464,14 @@ def test_unlike_vocabularies_are_refused() -> None:
             divergence(student, wrong, batch, JensenShannon())
 
 
+def test_predictions_of_another_batch_are_refused() -> None:
+    batch, good = everything(), linear()
+    other = replace(good, hidden=good.hidden[:, :-1])
+    for student, teacher, who in ((good, other, "teacher"), (other, good, "student")):
+        with pytest.raises(DataError, match=rf"the {who} predicts \(3, 6\) positions"):
+            divergence(student, teacher, batch, KL())
+
+
 def test_weights_of_another_shape_or_not_finite_are_refused() -> None:
     batch, student = everything(), linear()
     with pytest.raises(DataError, match=r"weights have shape \(3,\)"):

@@ -269,14 +269,15 @@ def test_top_k_targets_that_are_no_distribution_are_refused_with_their_place() -
         f"are NaN .*{where}": spoiled(good, logprob=((1, 2, 1), math.nan)),
         f"above 0.*{where}": spoiled(good, logprob=((1, 2, 0), 0.5)),
         f"do not add up to 1 .*{where}": spoiled(good, logprob=((1, 2, 0), -30.0)),
+        r"ids are torch.float64": replace(good, ids=good.ids.double()),
         r"tail has shape": replace(good, tail=good.tail[:, :-1]),
         r"ids have shape \(3, 7, 3\), logprob \(3, 7, 2\)": replace(
             good, logprob=good.logprob[..., :2]
         ),
-        r"one list for each position": replace(
+        r"shape \(3, 6, 3\); expected one list": replace(
             good, ids=good.ids[:, :-1], logprob=good.logprob[:, :-1], tail=good.tail[:, :-1]
         ),
-        r"one list for each": replace(
+        r"shape \(2, 7, 3\); expected one list": replace(
             good, ids=good.ids[:-1], logprob=good.logprob[:-1], tail=good.tail[:-1]
         ),
     }

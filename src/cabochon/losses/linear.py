@@ -47,6 +47,7 @@ def cross_entropy(prediction: Prediction, batch: TokenBatch, *, chunk: int | Non
         ConfigError: `chunk` is not positive.
     """
     counted = Counted.of(batch)
+    counted.refuse_other_positions(prediction, "model")
     sums = row_sums(prediction, counted.rows, _TargetScore(prediction, counted), chunk)
     return Loss(total=sums[0], weight=counted.weight)
 
@@ -89,7 +90,7 @@ def distillation(
     """
     if isinstance(target, GroupTargets):
         return group_divergence(student, target, batch, None, chunk=chunk)
-    counted = Counted.of(batch)
+    counted = _counted(student, target, batch)
     score: RowScore
     names: tuple[str, ...]
     if isinstance(target, TopKTargets):
@@ -145,7 +146,7 @@ def divergence(
     """
     if isinstance(target, GroupTargets):
         return group_divergence(student, target, batch, f, weights=weights, chunk=chunk)
-    counted = Counted.of(batch, weights)
+    counted = _counted(student, target, batch, weights)
     score, names = _divergence_score(student, target, counted, f)
     sums = row_sums(student, counted.rows, score, chunk)
     return Loss(total=sums[0], weight=counted.weight, report=_report(names, sums))
@@ -165,9 +166,18 @@ def divergence_values(
     """
     if isinstance(target, GroupTargets):
         return group_values(student, target, batch, f, chunk=chunk)
-    counted = Counted.of(batch)
+    counted = _counted(student, target, batch)
     score, _ = _divergence_score(student, target, counted, f)
     return row_terms(student, counted.rows, score, chunk)[:, 0].float()
+
+
+def _counted(
+    student: Prediction, target: object, batch: TokenBatch, weights: Tensor | None = None
+) -> Counted:
+    counted = Counted.of(batch, weights)
+    counted.refuse_other_positions(student, "student")
+    counted.refuse_other_positions(target, "teacher")
+    return counted
 
 
 def _divergence_score(

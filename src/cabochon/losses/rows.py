@@ -79,8 +79,8 @@ class Counted:
     """n int64: the tokens that follow."""
     weights: Tensor | None
     """n float: what multiplies each one's terms; 1 where absent."""
-    length: int
-    """T."""
+    shape: tuple[int, int]
+    """B, T."""
 
     @staticmethod
     def of(batch: TokenBatch, weights: Tensor | None = None) -> Counted:
@@ -97,10 +97,22 @@ class Counted:
                     f"{tuple(batch.mask.shape)} positions, each of which needs one"
                 )
             weights = weights.detach().to(rows.device).flatten()[rows]
-        counted = Counted(rows, batch.targets.flatten()[rows], weights, batch.shape[1])
+        counted = Counted(rows, batch.targets.flatten()[rows], weights, batch.shape)
         if weights is not None:
             counted.refuse(~weights.isfinite(), "weights are not finite")
         return counted
+
+    def refuse_other_positions(self, prediction: object, who: str) -> None:
+        """Refuses a linear prediction that is of another batch.
+
+        Raises:
+            DataError: it has other positions than B T.
+        """
+        if isinstance(prediction, LinearPrediction) and prediction.hidden.shape[:2] != self.shape:
+            raise DataError(
+                f"the {who} predicts {tuple(prediction.hidden.shape[:2])} positions, the batch has "
+                f"{self.shape}; both must come from the same batch"
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -132,7 +144,7 @@ class Counted:
         """Raises a DataError that names the first position where `wrong` (n bool) is True."""
         if bool(wrong.any()):
             first = start + int(wrong.int().argmax())
-            row, position = divmod(int(self.rows[first]), self.length)
+            row, position = divmod(int(self.rows[first]), self.shape[1])
             raise DataError(
                 f"{what} at {int(wrong.sum())} of {len(wrong)} counted positions, the first of "
                 f"them position {position} of row {row}"

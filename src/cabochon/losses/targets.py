@@ -201,16 +201,14 @@ class _Coarse:
 
 def _counted_ids(ids: Tensor, beside: Tensor, counted: Counted, name: str) -> Tensor:
     """n k: the ids of the counted positions."""
-    positions = ids.shape[:-1].numel()
-    belongs = ids.ndim == 3 and ids.shape[1] == counted.length
-    if not belongs or (len(counted.rows) and positions <= int(counted.rows.max())):
+    if ids.ndim != 3 or ids.shape[:2] != counted.shape or ids.is_floating_point():
         raise DataError(
-            f"ids have shape {tuple(ids.shape)}; expected one list for each position of the batch, "
-            f"whose rows have {counted.length} positions"
+            f"ids are {ids.dtype} of shape {tuple(ids.shape)}; expected one list of whole numbers "
+            f"for each of the batch's {counted.shape} positions"
         )
     if beside.shape != ids.shape:
         raise DataError(f"ids have shape {tuple(ids.shape)}, {name} {tuple(beside.shape)}")
-    own = ids.to(counted.rows.device).flatten(0, 1)[counted.rows]
+    own = ids.to(counted.rows.device).flatten(0, 1)[counted.rows].long()
     counted.refuse((own < -1).any(-1), "the teacher names tokens below -1 (-1 is an absent one)")
     return own
 
