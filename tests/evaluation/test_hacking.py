@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 
-from cabochon.core import Key
+from cabochon.core import Key, Step
 from cabochon.core.errors import ConfigError, DataError
 from cabochon.evaluation.distances import Distance
-from cabochon.evaluation.hacking import Detector, Point, detect, judge
+from cabochon.evaluation.hacking import Detector, Point, detect, judge, watched
 
 STEPS = [round(10 * 1.3**n) for n in range(20)]
 
@@ -137,3 +138,33 @@ def test_curves_of_different_lengths_are_refused():
         judge([1, 2], curve(1.0), curve(1.0, 2.0))
     with pytest.raises(DataError, match="0 updates"):
         judge([], [], [])
+
+
+def steps(first: int, last: int) -> Iterator[Step]:
+    for index in range(first, last):
+        yield Step(
+            index=index, loss=1.0, grad_norm=1.0, weight=1.0, learning_rate=1.0, report={"kl": 2.0}
+        )
+
+
+def test_a_watched_training_reports_the_proxy_and_warns_once_for_each_reason():
+    turning = [law(n) if n <= 120 else law(120) * (n / 120) ** 0.5 for n in range(10, 301, 10)]
+    told: list[str] = []
+    values = iter(turning)
+    found = list(watched(steps(0, 300), lambda: next(values), every=10, warn=told.append))
+    assert [step.index for step in found] == list(range(300))
+    measured = {step.index + 1: step.report["proxy"] for step in found if "proxy" in step.report}
+    assert measured == dict(zip(range(10, 301, 10), turning, strict=True))
+    assert all(step.report["kl"] == 2.0 for step in found)
+    assert len(told) == 2
+    assert "above the law" in told[0]
+    assert "rising" in told[1]
+
+    # Interrupted after it was told, it does not tell again, and detects the same.
+    seen = [(step, value) for step, value in measured.items() if step <= 250]
+    again: list[str] = []
+    rest = iter(turning[25:])
+    list(watched(steps(250, 300), lambda: next(rest), every=10, warn=again.append, seen=seen))
+    assert again == []
+    with pytest.raises(ConfigError, match="every"):
+        next(watched(steps(0, 1), lambda: 1.0, every=0, warn=told.append))

@@ -18,17 +18,18 @@ are told apart: only a proxy that rises shows that training harms.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cabochon.core import Step
 from cabochon.core.errors import ConfigError, DataError
 from cabochon.evaluation.distances import Change, Distance, change
 
-__all__ = ["Detector", "Finding", "Judgement", "Law", "Point", "detect", "judge"]
+__all__ = ["Detector", "Finding", "Judgement", "Law", "Point", "detect", "judge", "watched"]
 
 Point = tuple[int, float]
 """Updates made so far (at least 1), and the proxy then (at least 0)."""
@@ -197,6 +198,44 @@ def judge(steps: Sequence[int], proxy: Sequence[Distance], golden: Sequence[Dist
         proxy=proxy_change,
         kind=kind,
     )
+
+
+def watched(
+    updates: Iterator[Step],
+    proxy: Callable[[], float],
+    *,
+    every: int,
+    warn: Callable[[str], None],
+    seen: Sequence[Point] = (),
+    detector: Detector | None = None,
+) -> Iterator[Step]:
+    """The same updates; some also report `proxy`, and a break of its law is told once.
+
+    Args:
+        updates: of any training.
+        proxy: the student's distance to its teacher as it is now, on held-out prompts.
+        every: updates between two measurements, at least 1.
+        warn: told one plain sentence for each reason, at the update at which it first holds.
+        seen: what was measured before the training was interrupted.
+        detector: the thresholds; the defaults when absent.
+
+    Raises:
+        ConfigError: `every` is below 1.
+    """
+    if every < 1:
+        raise ConfigError(f"the proxy is measured every 1 or more updates, got {every}")
+    points = list(seen)
+    told = set(detect(points, detector).reasons)
+    for step in updates:
+        if (step.index + 1) % every:
+            yield step
+            continue
+        points.append((step.index + 1, proxy()))
+        for reason in detect(points, detector).reasons:
+            if reason not in told:
+                warn(reason)
+            told.add(reason)
+        yield replace(step, report={**step.report, "proxy": points[-1][1]})
 
 
 def _arrays(points: Sequence[Point]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
