@@ -162,7 +162,7 @@ def test_nothing_is_learned_after_the_first_stop_token() -> None:
     tokens = torch.tensor([[5, 6, 7, EOS, EOS, EOS]])
     batch = TokenBatch.of(list(tokens), masks=[[False, False, True, True, True, True]])
     (found,) = references_of(batch, {EOS}, [0])
-    assert found.tokens.tolist() == [7, EOS]
+    assert found.counts.tolist() == [True, True, False, False]
     assert found.stopped
 
 

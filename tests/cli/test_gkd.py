@@ -165,6 +165,31 @@ def test_every_preset_trains(
     assert shares == {on_policy} if on_policy is not None else len(shares) > 1
 
 
+def test_a_cached_teacher_serves_where_the_student_does_not_write(
+    workshop: Workshop, folder: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    done = call(
+        "data", "cache-teacher", folder / "teacher", "--data", workshop.chats,
+        "--chat", "--context", 48, "--top-k", 400, "--out", cache, "--threads", 1,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    losses = []
+    for teacher in (folder / "teacher", cache):
+        run = tmp_path / f"run-{teacher.name}"
+        done = train(folder, run, teacher=teacher, preset="supervised_kd", data=workshop.chats)
+        assert done.code == 0, done.err
+        losses.append([line["loss"] for line in read_metrics(run / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    own = train(folder, tmp_path / "own", teacher=cache)
+    assert own.code == 2
+    assert "what a student writes is new" in own.err
+    new = write_jsonl(tmp_path / "new.jsonl", [{"prompt": "9+9", "completion": "18"}])
+    other = train(folder, tmp_path / "other", teacher=cache, preset="supervised_kd", data=new)
+    assert other.code == 1
+    assert "a document of" in other.err
+
+
 def test_plain_texts_begin_with_bos_and_end_with_eos(folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "def ", "completion": "f(x):\n    return x\n"}] * 3
     data = write_jsonl(tmp_path / "plain.jsonl", rows)

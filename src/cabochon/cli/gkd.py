@@ -19,9 +19,10 @@ from cabochon.cli.configuration import FLAT
 from cabochon.cli.drawing import Drawn
 from cabochon.cli.generate import stop_ids
 from cabochon.cli.prompts import examine, prompt_rows
+from cabochon.cli.proxy import ProxySettings, check_proxy, watching
 from cabochon.cli.recipe import Recipe, Train
 from cabochon.cli.settings import Architecture, RunSettings
-from cabochon.cli.teachers import TeacherSettings, kind, load_teacher
+from cabochon.cli.teachers import TeacherSettings, kind, load_teacher, open_cache
 from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, Step, Teacher, TokenBatch
 from cabochon.core.errors import ConfigError
 from cabochon.data.continuations import Sequences, prompts_of, written_in
@@ -36,6 +37,9 @@ __all__ = ["RECIPE", "GkdSettings"]
 
 SHOWN = 4
 """Prompts whose completions a record of samples holds."""
+
+CHECKED = 64
+"""Prompts that are looked up in a teacher cache at a time."""
 
 
 def _gentle() -> OptimizerConfig:
@@ -54,6 +58,7 @@ class GkdSettings:
     """Prompts are the beginnings of texts, not turns of conversations."""
     sample_every: int = 20
     """Updates between records of what the student writes, in RUN/samples; 0: none."""
+    proxy: Annotated[ProxySettings, FLAT] = field(default_factory=ProxySettings)
     method: Annotated[gkd.Config, FLAT] = field(default_factory=gkd.Config)
     optimizer: Annotated[OptimizerConfig, FLAT] = field(default_factory=_gentle)
 
@@ -71,13 +76,20 @@ class GkdSettings:
 
 def _pack(settings: GkdSettings, tokenizer: Tokenizer) -> PromptRows:
     _check_roles(settings)
-    return prompt_rows(
+    rows = prompt_rows(
         settings.run,
         tokenizer,
         plain=settings.plain,
         room=_room(settings),
         answered=_answered(settings),
     )
+    if kind(settings.teaching.named) == "cache":
+        cache = open_cache(settings.teaching.named)
+        cache.check_tokenizer(tokenizer.fingerprint())
+        for start in range(0, len(rows.prompts), CHECKED):
+            cache(rows.batch(rows.prompts[start : start + CHECKED]))  # it names what it lacks
+    check_proxy(settings.proxy, settings.teaching, tokenizer, rows.prompts, plain=settings.plain)
+    return rows
 
 
 def _room(settings: GkdSettings) -> int:
@@ -112,11 +124,21 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
         teacher = load_teacher(settings.teaching, settings.run, tokenizer)
     stops = stop_ids(tokenizer, (), chat=not settings.plain)
     observe = _recorder(settings, tokenizer)
+    watch = watching(
+        settings.proxy,
+        settings.run,
+        cast(Backbone, model),
+        cast(Backbone, teacher),
+        tokenizer,
+        replace(method.settings(stops), temperature=1.0),
+        warmup=method.warmup or 0,
+        plain=settings.plain,
+    )
 
     def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
         if method.preset == "seq_kd":
             batches = _taught(settings, cast(Backbone, teacher), batches, stops)
-        return gkd.train(
+        steps = gkd.train(
             method,
             cast(Backbone, model),
             batches,
@@ -127,6 +149,7 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
             observe=observe,
             start=start,
         )
+        return watch(steps, start)
 
     return train
 
@@ -147,7 +170,7 @@ def _check_roles(settings: GkdSettings) -> None:
         raise ConfigError("sft learns the text of the data; leave --teacher out")
     if method.preset != "sft" and not named:
         raise ConfigError(f"{method.preset} needs --teacher FOLDER, CACHE or http://HOST:PORT")
-    if named and kind(named) == "cache" and method.own_fraction > 0.0:
+    if kind(named) == "cache" and method.own_fraction > 0.0:
         raise ConfigError(
             f"{named} is a teacher cache, which knows the data's texts alone; what a student "
             "writes is new: use the teacher itself, or --preset supervised_kd"

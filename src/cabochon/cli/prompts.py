@@ -83,7 +83,7 @@ def prompts_of_source(name: str, tokenizer: Tokenizer, *, plain: bool) -> Iterat
 
 def too_long(prompt: Prompt, run: RunSettings, *, room: int) -> str | None:
     """What does not fit into a row; None where all does."""
-    length, after = len(prompt.ids), len(prompt.completion)
+    length, after = len(prompt.ids), len(prompt.completion) + len(prompt.trailing)
     if length + room > run.context:
         return (
             f"a prompt of {length} tokens leaves no room for {room} new ones in a row of "

@@ -95,27 +95,31 @@ def references_of(
 ) -> list[Written]:
     """What follows the prompts of these rows.
 
-    Nothing is left after the first counted stop token: padding that looks like it is not learned.
+    Nothing counts after the first counted stop token: padding that looks like it is not learned.
 
     Raises:
         DataError: as `prompts_of`; or nothing follows a prompt.
     """
+    batch = batch.to("cpu")
     prompts, lengths = prompts_of(batch), _lengths(batch).tolist()
     found = []
     for row in rows:
         begin = len(prompts[row])
         tokens = batch.tokens[row, begin : lengths[row]]
         counts = batch.mask[row, begin - 1 : lengths[row] - 1]
-        ends = [at for at in counts.nonzero().flatten().tolist() if int(tokens[at]) in stop_ids]
-        end = ends[0] + 1 if ends else len(tokens)
-        if end == 0:
+        if not len(tokens):
             raise DataError(
                 f"row {row} is a prompt of {begin} tokens that nothing follows; give it a "
                 "completion, or learn from the student's own samples alone"
             )
+        stops = torch.isin(tokens, torch.tensor(list(stop_ids), dtype=torch.int64)) & counts
+        after = stops.cumsum(0) - stops.int() > 0
         found.append(
             Written(
-                prompt=prompts[row], tokens=tokens[:end], counts=counts[:end], stopped=bool(ends)
+                prompt=prompts[row],
+                tokens=tokens,
+                counts=counts & ~after,
+                stopped=bool(stops.any()),
             )
         )
     return found

@@ -26,6 +26,8 @@ class Prompt:
     """With the token that ends it; empty where the data say nothing."""
     source: str
     """For messages."""
+    trailing: tuple[int, ...] = ()
+    """What the template writes after the completion: nobody has to say it."""
 
 
 class PromptRows:
@@ -62,8 +64,13 @@ class PromptRows:
     def batch(prompts: Sequence[Prompt]) -> TokenBatch:
         """A row for each."""
         return TokenBatch.of(
-            [[*each.ids, *each.completion] for each in prompts],
-            masks=[[False] * len(each.ids) + [True] * len(each.completion) for each in prompts],
+            [[*each.ids, *each.completion, *each.trailing] for each in prompts],
+            masks=[
+                [False] * len(each.ids)
+                + [True] * len(each.completion)
+                + [False] * len(each.trailing)
+                for each in prompts
+            ],
         )
 
 
@@ -86,7 +93,8 @@ def prompts_in(tokenizer: Tokenizer, conversation: Conversation) -> list[Prompt]
                         "the chat template writes a prompt otherwise than the beginning of its "
                         "conversation; prompts and completions cannot be told apart"
                     )
-                found.append(Prompt(tuple(ids), chat.ids[len(ids) : end], source))
+                said, rest = chat.ids[len(ids) : end], chat.ids[end:]
+                found.append(Prompt(tuple(ids), said, source, rest))
             elif place + 1 == len(messages):
                 found.append(Prompt(tuple(encode_prompt(tokenizer, messages)), (), source))
     except DataError as error:
