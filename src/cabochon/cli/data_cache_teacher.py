@@ -126,17 +126,21 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = _tokenizer(settings)
     parts = _parts(settings, tokenizer)
     source = _source(settings, tokenizer, parts)
-    with _progress() as tell:
-        manifest = write_cache(
-            out,
-            _identity(settings, tokenizer, source, parts),
-            source.teacher,
-            parts,
-            batch_size=settings.batch_size,
-            device=device_of(settings.device),
-            note=f"{settings.teacher} on {', '.join(settings.data)}",
-            progress=tell,
-        )
+    try:
+        with _progress() as tell:
+            manifest = write_cache(
+                out,
+                _identity(settings, tokenizer, source, parts),
+                source.teacher,
+                parts,
+                batch_size=settings.batch_size,
+                device=device_of(settings.device),
+                note=f"{settings.teacher} on {', '.join(settings.data)}",
+                progress=tell,
+            )
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on with it")
+        raise
     for line in _summary(manifest):
         say(line)
     if invocation.json:
@@ -217,8 +221,8 @@ def _identity(
 def _summary(manifest: CacheManifest) -> list[str]:
     losses, shards = manifest.losses, manifest.shards
     lines = [
-        f"{manifest.documents:,} documents, {manifest.positions:,} positions in {len(shards):,} "
-        f"shards, {bytes_text(sum(each.bytes for each in shards))}"
+        f"{manifest.documents:,} documents, {manifest.positions:,} positions, "
+        f"{bytes_text(sum(each.bytes for each in shards))} in {len(shards):,} file(s)"
     ]
     if manifest.identity.form == "sampled":
         return [
