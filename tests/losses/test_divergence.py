@@ -386,10 +386,10 @@ def test_a_teacher_that_says_nothing_is_named() -> None:
     broken = torch.randn(1, 4, V)
     broken[0, 2] = -math.inf
     for f in (KL(), JensenShannon(), f_divergences.named("hellinger")):
-        with pytest.raises(DataError, match=r"exclude every token, at 1 of 4.*position 2 of row 0"):
+        with pytest.raises(DataError, match=r"exclude every token, at position 2 of row 0$"):
             divergence(student, Dense(broken), batch, f)
     broken[0, 1, 3] = math.nan
-    with pytest.raises(DataError, match=r"NaN.* at 2 of 4.*position 1 of row 0"):
+    with pytest.raises(DataError, match=r"NaN.* position 1 of row 0, and at others"):
         divergence(student, Dense(broken), batch, KL(), chunk=4)
 
 
@@ -478,7 +478,7 @@ def test_weights_of_another_shape_or_not_finite_are_refused() -> None:
         divergence(student, student, batch, KL(), weights=torch.ones(B))
     weights = torch.ones(B, T)
     weights[1, 2] = math.inf
-    with pytest.raises(DataError, match=r"not finite at 1 of 21 .* position 2 of row 1"):
+    with pytest.raises(DataError, match=r"not finite at position 2 of row 1"):
         divergence(student, student, batch, KL(), weights=weights)
 
 

@@ -145,10 +145,8 @@ class Counted:
         if bool(wrong.any()):
             first = start + int(wrong.int().argmax())
             row, position = divmod(int(self.rows[first]), self.shape[1])
-            raise DataError(
-                f"{what} at {int(wrong.sum())} of {len(wrong)} counted positions, the first of "
-                f"them position {position} of row {row}"
-            )
+            others = ", and at others after it" if int(wrong.sum()) > 1 else ""
+            raise DataError(f"{what} at position {position} of row {row}{others}")
 
 
 class RowSoftmax:
