@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cabochon.core import GroupTargets, Key, TokenBatch
+from cabochon.core import GroupTargets, Key, LinearPrediction, TokenBatch
 from cabochon.core.errors import DataError, TokenizerMismatch
 from cabochon.data.cross_tokenizer import cross_tokenizer, target_logprob
 from cabochon.data.packing import pack_tokens
 from cabochon.data.tokenizer import ControlIds, Tokenizer, train_tokenizer
+from cabochon.losses import linear
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.decoder import Gemma
 
@@ -156,6 +157,22 @@ def test_only_whole_counted_groups_are_asked_for(student: Tokenizer, teacher: To
     assert groups_of(some, 0) == kept
     numbers = every.group[0, [g[0] for g in kept]]
     torch.testing.assert_close(some.logprob, every.logprob[numbers], atol=1e-5, rtol=0)
+
+
+def test_where_nothing_counts_nothing_is_said(student: Tokenizer, teacher: Tokenizer) -> None:
+    say = cross_tokenizer(target_logprob(model(teacher.vocab_size)), student, teacher)
+    plain = TokenBatch.of([student.encode(TEXTS[0], bos=True)])
+    silent = replace(plain, mask=torch.zeros_like(plain.mask))
+    said = say(silent)
+    assert isinstance(said, GroupTargets)
+    assert len(said.logprob) == 0
+    head = torch.zeros(student.vocab_size, 4, requires_grad=True)
+    hidden = torch.zeros(*plain.shape, 4)
+    loss = linear.distillation(LinearPrediction(hidden=hidden, head=head), said, silent)
+    loss.total.backward()
+    assert (loss.total.item(), loss.weight.item()) == (0.0, 0.0)
+    assert head.grad is not None
+    assert not head.grad.any()
 
 
 def test_behind_bytes_that_are_no_text_nothing_is_compared(

@@ -213,9 +213,11 @@ def _targets(batch: TokenBatch, pairs: list[_Pair], logprob: TargetLogprob) -> G
             count += 1
     mask[places] = True
     asked = TokenBatch(**{**vars(theirs), "mask": torch.from_numpy(mask).view(theirs.shape)})
-    said = logprob(asked.to(device)).flatten()[torch.tensor(places, device=device)].double()
+    at, number = (
+        torch.tensor(each, dtype=torch.int64, device=device) for each in (places, numbers)
+    )
     total = torch.zeros(count, dtype=torch.float64, device=device)
-    total.index_add_(0, torch.tensor(numbers, device=device), said)
+    total.index_add_(0, number, logprob(asked.to(device)).flatten()[at].double())
     return GroupTargets(
         group=torch.from_numpy(group).view(batch.shape).to(device), logprob=total.float()
     )
