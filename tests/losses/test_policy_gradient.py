@@ -1,0 +1,77 @@
+"""The gradient of an expectation over draws, and its baselines."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from cabochon.core import Key, LinearPrediction, TokenBatch
+from cabochon.core.errors import ConfigError
+from cabochon.losses import linear
+from cabochon.losses.policy_gradient import future_sums, leave_one_out, policy_gradient
+
+
+def prediction(seed: int, rows: int = 2, length: int = 4) -> LinearPrediction:
+    generator = Key(seed).generator()
+    hidden = torch.randn(rows, length, 6, generator=generator, dtype=torch.float64)
+    head = torch.randn(9, 6, generator=generator, dtype=torch.float64)
+    return LinearPrediction(hidden=hidden.requires_grad_(), head=head.requires_grad_(), cap=5.0)
+
+
+def batch() -> TokenBatch:
+    return TokenBatch.of([[1, 2, 3, 4], [5, 6, 7]], masks=[[False, False, True, True], [True] * 3])
+
+
+def test_the_loss_is_the_weighted_sum_of_surprisals_for_gains_of_either_sign() -> None:
+    given, rows = prediction(0), batch()
+    gain = torch.tensor([[9.0, -2.0, 0.5, 9.0], [1.5, 0.0, 9.0, 9.0]])
+    loss = policy_gradient(given, rows, gain)
+    logprob = given.logits(slice(None)).log_softmax(-1)
+    own = logprob.gather(-1, rows.targets.flatten()[:, None]).view(rows.shape)
+    wanted = -(gain * own)[rows.mask].sum()
+    assert loss.weight.item() == 4
+    torch.testing.assert_close(loss.total, wanted, check_dtype=False, atol=1e-5, rtol=1e-5)
+    found, expected = (
+        torch.autograd.grad(total, (given.hidden, given.head), retain_graph=True)
+        for total in (loss.total, wanted)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, check_dtype=False, atol=1e-5, rtol=1e-5)
+
+
+def test_gains_of_1_are_the_cross_entropy() -> None:
+    given, rows = prediction(1), batch()
+    loss = policy_gradient(given, rows, torch.ones(rows.shape))
+    torch.testing.assert_close(loss.total, linear.cross_entropy(given, rows).total)
+
+
+def test_leave_one_out_is_the_mean_of_the_others() -> None:
+    values = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    wanted = torch.tensor([[-3.0, -1.5, 4.5], [-1.5, -1.5, 3.0]])
+    torch.testing.assert_close(leave_one_out(values), wanted)
+    torch.testing.assert_close(leave_one_out(values + 100.0), wanted)
+    assert leave_one_out(torch.tensor([5.0])).item() == 0.0
+    with pytest.raises(ConfigError, match="at least one value"):
+        leave_one_out(torch.zeros(2, 0))
+
+
+def test_a_leave_one_out_baseline_changes_no_expected_gradient() -> None:
+    """Over all pairs of draws of three outcomes, by enumeration."""
+    logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    reward = torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64)
+    prob = logits.softmax(-1)
+    wanted = torch.autograd.grad((prob * reward).sum(), logits, retain_graph=True)[0]
+    total = torch.zeros((), dtype=torch.float64)
+    for pair in itertools.product(range(3), repeat=2):
+        chance = (prob[pair[0]] * prob[pair[1]]).detach()
+        gain = leave_one_out(reward[list(pair)])
+        total = total + chance * (gain * prob[list(pair)].log()).mean()
+    torch.testing.assert_close(torch.autograd.grad(total, logits)[0], wanted)
+
+
+def test_future_sums_leave_the_place_itself_out() -> None:
+    values = torch.tensor([[1.0, 2.0, 4.0], [8.0, 0.0, 16.0]])
+    wanted = torch.tensor([[6.0, 4.0, 0.0], [16.0, 16.0, 0.0]])
+    torch.testing.assert_close(future_sums(values), wanted)
