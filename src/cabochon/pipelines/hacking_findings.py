@@ -144,7 +144,7 @@ def written(
                 ],
                 "compared": _compared(curves),
             }
-        facts = _facts(config, folder, paths, models, prompts)
+        facts = _facts(config, paths, models, prompts)
         write_json(place, {"format": 1, **facts, **found})
         note_memory(folder)
     observe(Event(stage="report", steps=0, note="draws the page"))
@@ -238,7 +238,6 @@ def _compared(curves: Mapping[str, _Curve]) -> list[dict[str, Any]]:
 
 def _facts(
     config: Config,
-    folder: Path,
     paths: Mapping[str, Path],
     models: Mapping[str, Backbone],
     prompts: Prompts,
@@ -249,7 +248,7 @@ def _facts(
         "pipeline": "teacher_hacking",
         "title": f"Teacher hacking on {text}",
         "text": text,
-        "repeat": f"cabochon run teacher_hacking --config {folder.name}/config.yaml",
+        "repeat": "cabochon run teacher_hacking --config config.yaml --out FOLDER",
         "seed": config.seed,
         "threads": torch.get_num_threads(),
         "divergence": config.divergence,
