@@ -135,6 +135,27 @@ def test_a_draw_depends_on_the_step_and_the_row_alone() -> None:
     assert torch.equal(alone.batch.tokens[0, :length], first.batch.tokens[0, :length])
 
 
+@pytest.mark.parametrize("draw", ["batch", "sequence"])
+def test_ranks_draw_together_what_one_process_would(monkeypatch: Any, draw: str) -> None:
+    student, batch = gemma(), examples(4)
+    config = gkd.Config(preset="imit_kd", draw=draw, max_new_tokens=6)
+
+    def lines(drawn: Sequences) -> list[tuple[bool, list[int]]]:
+        rows = zip(drawn.own.tolist(), drawn.batch.tokens, drawn.batch.documents, strict=True)
+        return sorted((own, tokens[real >= 0].tolist()) for own, tokens, real in rows)
+
+    for step in range(6):
+        whole = lines(drawn_from(config, student, batch, step))
+        parts = []
+        for rank in range(2):
+            with monkeypatch.context() as patched:
+                patched.setattr(gkd.parallel, "rank", lambda rank=rank: rank)
+                patched.setattr(gkd.parallel, "ranks", lambda: 2)
+                share = batch.rows(2 * rank, 2 * rank + 2)
+                parts += lines(drawn_from(config, student, share, step))
+        assert sorted(parts) == whole
+
+
 def test_what_was_drawn_is_the_students_and_counts_from_the_prompt_to_the_stop() -> None:
     student, batch = gemma(), examples()
     config = gkd.Config(max_new_tokens=12)

@@ -177,6 +177,8 @@ def _check_roles(settings: GkdSettings) -> None:
         )
     if named and kind(named) != "model" and method.preset == "seq_kd":
         raise ConfigError("seq_kd lets the teacher write: --teacher must be a model folder or run")
+    if method.preset == "seq_kd" and settings.teaching.cross_tokenizer:
+        raise ConfigError("what a teacher of another tokenizer writes is no text of the student's")
 
 
 def _taught(
@@ -264,4 +266,5 @@ RECIPE = Recipe(
     objective=_objective,
     folders=_folders,
     examine=_examine,
+    not_planned="drawing the completions: its cache, and about as much time as the update again",
 )

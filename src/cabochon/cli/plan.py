@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
             "measured": asdict(speed),
             "seconds": work.seconds(speed) * steps,
         },
+        "not_counted": recipe.not_planned,
     }
     if invocation.json:
         answer(report)
@@ -136,5 +137,7 @@ def _print(report: dict[str, Any], run: RunSettings, steps: int) -> None:
         f"threads; an update: {work['flops']:.2e} operations in products, "
         f"{bytes_text(work['written_bytes'])} of results",
     ]
+    if report["not_counted"]:
+        lines.append(f"not counted {report['not_counted']}")
     for line in lines:
         screen.print(line, markup=False)

@@ -87,6 +87,8 @@ class Recipe(Generic[S]):
     servers."""
     examine: Callable[[S, Tokenizer, str], tuple[list[Check], list[Drawn]]] | None = None
     """What the doctor finds in a name of `--data`, and a row to draw; None for packed rows."""
+    not_planned: str = ""
+    """What `plan` leaves out."""
 
 
 def recipe_of(algorithm: str) -> Recipe[Any]:

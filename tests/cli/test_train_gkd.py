@@ -209,6 +209,7 @@ def test_plan_and_doctor_know_it(folder: Path, tmp_path: Path) -> None:
     plan = call("plan", "gkd", *words(folder, tmp_path / "run"), "--json")
     assert plan.code == 0, plan.err
     assert plan.answer["memory_bytes"]["teacher"] > 0
+    assert "drawing the completions" in plan.answer["not_counted"]
     found = call("doctor", "gkd", *words(folder, tmp_path / "run"), "--json")
     assert found.code == 0, found.out
     names = {check["name"] for check in found.answer["checks"]}
