@@ -293,7 +293,9 @@ def _write(
                     "folder": str(folder),
                     "role": "base" if folder is base else "model",
                     "blake2b": {
-                        p.name: h.result() for p, h in hashes.items() if p.parent == folder
+                        str(p.relative_to(folder)): h.result()
+                        for p, h in hashes.items()
+                        if p.is_relative_to(folder)
                     },
                 }
                 for folder in sources
