@@ -213,7 +213,7 @@ def test_files_that_an_index_names_in_folders_below_are_hashed_too(
     (b / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     for file in b.glob("*.safetensors"):
         file.rename(b / "parts" / file.name)
-    record = merge(formulas.average(2), [a, b], tmp_path / "out")
+    record = merge(formulas.averaged(2), [a, b], tmp_path / "out")
     hashes = record["sources"][1]["blake2b"]
     assert set(hashes) == set(where.values())
     for name, found in hashes.items():
