@@ -15,7 +15,7 @@ from torch import Tensor
 from cabochon.core import LinearPrediction, Prediction, TokenBatch, soft_cap
 from cabochon.core.errors import ConfigError, DataError, TokenizerMismatch
 from cabochon.generation.guidance import GuidedPrediction
-from cabochon.losses import f_divergences
+from cabochon.losses import divergences, f_divergences, rows
 from cabochon.losses.f_divergences import KL, FDivergence, JensenShannon, ReverseKL
 from cabochon.losses.linear import distillation, divergence, divergence_values
 
@@ -78,9 +78,9 @@ class Dense:
         return self.all_logits.flatten(0, 1)[rows]
 
 
-def of_logits(*rows: Tensor | list[float]) -> tuple[Dense, TokenBatch]:
+def of_logits(*given: Tensor | list[float]) -> tuple[Dense, TokenBatch]:
     """One row of positions, all of which count."""
-    logits = torch.stack([torch.as_tensor(row) for row in rows])[None]
+    logits = torch.stack([torch.as_tensor(row) for row in given])[None]
     ones = torch.ones(logits.shape[:2], dtype=torch.int64)
     batch = TokenBatch(
         tokens=ones, positions=ones, documents=ones, targets=0 * ones, mask=ones.bool()
@@ -414,7 +414,12 @@ def test_a_tempered_teacher_is_the_teacher_with_its_logits_divided() -> None:
 
 
 @any_divergence
-def test_bfloat16_is_as_good_as_rounding_the_logits_allows(f: FDivergence) -> None:
+@pytest.mark.parametrize("quick", [torch.bfloat16, torch.float32])
+def test_bfloat16_is_as_good_as_rounding_the_logits_allows(
+    f: FDivergence, quick: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (rows, divergences):  # a processor with bfloat16 arithmetic, and one without
+        monkeypatch.setattr(room, "product_dtype", lambda head: quick)
     batch, teacher = batch_of(), linear(30.0, dtype=torch.bfloat16)
     half = linear(30.0, dtype=torch.bfloat16)
     whole = replace(
@@ -495,14 +500,14 @@ def test_a_prediction_is_a_prediction() -> None:
 
 @any_divergence
 def test_nothing_larger_than_a_chunk_of_logits_ever_exists(f: FDivergence) -> None:
-    rows, vocabulary, chunk = 64, 512, 8
+    count, vocabulary, chunk = 64, 512, 8
     student = LinearPrediction(
-        hidden=torch.randn(1, rows, 4, requires_grad=True),
+        hidden=torch.randn(1, count, 4, requires_grad=True),
         head=torch.randn(vocabulary, 4, requires_grad=True),
         cap=5.0,
     )
-    teacher = LinearPrediction(hidden=torch.randn(1, rows, 6), head=torch.randn(vocabulary, 6))
-    ones = torch.ones(1, rows, dtype=torch.int64)
+    teacher = LinearPrediction(hidden=torch.randn(1, count, 6), head=torch.randn(vocabulary, 6))
+    ones = torch.ones(1, count, dtype=torch.int64)
     batch = TokenBatch(tokens=ones, positions=ones, documents=ones, targets=ones, mask=ones.bool())
     with LargestResult() as largest:
         divergence(student, teacher, batch, f, chunk=chunk).total.backward()

@@ -25,6 +25,7 @@ from torch import Tensor
 from cabochon.core import LinearPrediction, Prediction
 from cabochon.core.errors import TokenizerMismatch
 from cabochon.losses.f_divergences import KL, Alpha, FDivergence, JensenShannon, ReverseKL
+from cabochon.losses.products import product_dtype, unembed
 from cabochon.losses.rows import Counted, RowSoftmax, blocks, wide
 
 __all__ = ["DivergenceScore", "TeacherRows", "check_vocabularies", "is_forward_kl"]
@@ -78,9 +79,9 @@ class TeacherRows:
         if isinstance(teacher, LinearPrediction):
             check_vocabularies(like.shape[-1], teacher.head.shape[0])
             head = teacher.head
-            hidden = teacher.hidden.detach().flatten(0, 1)[rows].to(head.dtype)
-            out = self.softmax.block("raw", like, head.dtype)
-            return torch.mm(hidden, head.detach().T, out=out)
+            quick = product_dtype(head)
+            hidden = teacher.hidden.detach().flatten(0, 1)[rows].to(head.dtype).to(quick)
+            return unembed(hidden, head.detach(), self.softmax.block("raw", like, quick))
         with torch.no_grad():
             logits = wide(teacher.logits(rows))
         check_vocabularies(like.shape[-1], logits.shape[-1])

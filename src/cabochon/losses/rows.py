@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from cabochon.core import LinearPrediction, Prediction, TokenBatch
 from cabochon.core.autocast import without_autocast
 from cabochon.core.errors import ConfigError, DataError
+from cabochon.losses.products import add_outer, embed, product_dtype, unembed
 
 __all__ = [
     "Counted",
@@ -51,8 +52,6 @@ _LARGEST_LOGISTIC_CAP = 100.0
 """Above it a soft-cap through the logistic function would err by more than about 1e-5."""
 _TAME_OCTAVES = 100.0
 """Sums of 2 ** exponent over any vocabulary stay inside float32 for exponents of this size."""
-_HEAD_BLOCK = 4096
-"""Rows of the head whose gradient is added to the float32 sum at once."""
 
 
 class RowScore(Protocol):
@@ -305,46 +304,31 @@ def _accumulate(
     flat, rows, chunk = hidden.flatten(0, 1), work.rows, work.chunk
     whole = len(rows) == len(flat)
     sums = flat.new_zeros(work.score.size, dtype=torch.float64)
-    buffer = head.new_empty(min(chunk, len(rows)), head.shape[0])
+    quick = product_dtype(head)
+    buffer = head.new_empty(min(chunk, len(rows)), head.shape[0], dtype=quick)
     grad_hidden = (
         (torch.empty_like if whole else torch.zeros_like)(flat) if work.hidden_wanted else None
     )
     # Many small terms vanish in a bfloat16 sum, so several chunks are added up in float32.
-    dtype = head.dtype if len(rows) <= chunk else wide_dtype(head.dtype)
+    dtype = quick if len(rows) <= chunk else wide_dtype(head.dtype)
     grad_head = torch.empty_like(head, dtype=dtype) if work.head_wanted else None
     if grad_head is not None and len(rows) == 0:
         grad_head.zero_()
     for start in range(0, len(rows), chunk):
         span = slice(start, min(start + chunk, len(rows)))
-        chosen = flat[span] if whole else flat[rows[span]]
-        raw = torch.mm(chosen, head.T, out=buffer[: len(chosen)])
+        chosen = (flat[span] if whole else flat[rows[span]]).to(quick)
+        raw = unembed(chosen, head, buffer[: len(chosen)])
         sums += work.score(raw, span, work.hidden_wanted or work.head_wanted).sum(0)
-        if grad_hidden is not None and whole:
-            torch.mm(raw, head, out=grad_hidden[span])
-        elif grad_hidden is not None:
-            grad_hidden[rows[span]] = raw @ head
+        if grad_hidden is not None:
+            grad_hidden[span if whole else rows[span]] = embed(raw, head).to(flat.dtype)
         if grad_head is not None:
-            _add_product(grad_head, raw, chosen, first=start == 0)
+            add_outer(grad_head, raw, chosen, first=start == 0)
     del buffer
     return (
         sums,
         None if grad_hidden is None else grad_hidden.view_as(hidden),
         None if grad_head is None else grad_head.to(head.dtype),
     )
-
-
-def _add_product(total: Tensor, raw: Tensor, chosen: Tensor, *, first: bool) -> None:
-    """total += raw.T @ chosen (at first =), through a small buffer where the types differ."""
-    if total.dtype == raw.dtype:
-        torch.addmm(total, raw.T, chosen, beta=0 if first else 1, out=total)
-        return
-    for start in range(0, len(total), _HEAD_BLOCK):
-        part = raw[:, start : start + _HEAD_BLOCK].T @ chosen
-        block = total[start : start + _HEAD_BLOCK]
-        if first:
-            block.copy_(part)
-        else:
-            block.add_(part)
 
 
 class _LogitRows(torch.autograd.Function):
@@ -408,8 +392,11 @@ def row_terms(prediction: Prediction, rows: Tensor, score: RowScore, chunk: int 
         span = slice(start, min(start + step, len(rows)))
         if linear is not None:
             hidden = linear.hidden.flatten(0, 1)[rows[span]]
+            head = linear.head.to(hidden.dtype)
+            hidden = hidden.to(product_dtype(head))
+            raw = hidden.new_empty(len(hidden), len(head))
             with without_autocast(hidden.device):
-                raw = hidden @ linear.head.to(hidden.dtype).T
+                unembed(hidden, head, raw)
         else:
             raw = wide(prediction.logits(rows[span]))
         terms[span] = score(raw, span, False)
