@@ -203,23 +203,6 @@ def test_large_outputs_are_cut_into_files_that_readers_know(
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(0).values())
 
 
-def test_files_that_an_index_names_in_folders_below_are_hashed_too(
-    three: list[Path], tmp_path: Path
-) -> None:
-    _, a, b = three
-    (b / "parts").mkdir()
-    index = json.loads((b / "model.safetensors.index.json").read_text())
-    where = {name: f"parts/{file}" for name, file in index["weight_map"].items()}
-    (b / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    for file in b.glob("*.safetensors"):
-        file.rename(b / "parts" / file.name)
-    record = merge(formulas.averaged(2), [a, b], tmp_path / "out")
-    hashes = record["sources"][1]["blake2b"]
-    assert set(hashes) == set(where.values())
-    for name, found in hashes.items():
-        assert found == hashlib.blake2b((b / name).read_bytes()).hexdigest()
-
-
 def test_the_record_says_what_was_done_and_the_hashes_are_right(
     three: list[Path], tmp_path: Path
 ) -> None:

@@ -293,9 +293,7 @@ def _write(
                     "folder": str(folder),
                     "role": "base" if folder is base else "model",
                     "blake2b": {
-                        str(p.relative_to(folder)): h.result()
-                        for p, h in hashes.items()
-                        if p.is_relative_to(folder)
+                        p.name: h.result() for p, h in hashes.items() if p.parent == folder
                     },
                 }
                 for folder in sources
