@@ -17,6 +17,9 @@ from workshop import Done, Workshop, call, write_jsonl
 import cabochon
 from cabochon.training.metrics import read_metrics
 
+sys.path.append(str(Path(__file__).parents[1] / "generation"))
+import local_server
+
 STEPS = 8
 
 
@@ -88,6 +91,7 @@ def test_a_run_leaves_metrics_samples_and_a_model(folder: Path, whole: Path) -> 
         assert 1.0 <= line["completion_tokens"] <= 6.0
         assert 0.0 <= line["stopped"] <= 1.0
         assert line["logprob_gap"] < 1e-5
+        assert "reward" not in line
     assert {path.name for path in (whole / "samples").iterdir()} == {
         "step-0.jsonl", "step-3.jsonl", "step-6.jsonl",
     }  # fmt: skip
@@ -188,6 +192,21 @@ def test_a_cached_teacher_serves_where_the_student_does_not_write(
     other = train(folder, tmp_path / "other", teacher=cache, preset="supervised_kd", data=new)
     assert other.code == 1
     assert "a document of" in other.err
+
+
+def test_a_served_teacher_judges_what_the_student_writes(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("httpx2")
+    newest = max((folder / "teacher" / "checkpoints").iterdir(), key=lambda p: p.stat().st_mtime)
+    model, tokenizer = cabochon.load(newest / "model")
+    world = local_server.World(model=model, tokenizer=tokenizer, max_logprobs=400)
+    found = {}
+    with local_server.serving(world) as transport:
+        for name, teacher in (("served", transport.url), ("resident", folder / "teacher")):
+            more = {"teacher-top-k": 400, "divergence": "reverse_kl", "steps": 3}
+            done = train(folder, tmp_path / name, teacher=teacher, **more)
+            assert done.code == 0, done.err
+            found[name] = [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+    assert found["served"] == pytest.approx(found["resident"], abs=1e-3)
 
 
 def test_plain_texts_begin_with_bos_and_end_with_eos(folder: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_metrics_are_those_of_the_sequences_whatever_weight_divides_them() -> No
             written(3, own=False, stopped=True),
         ]
     )
-    sums = {k: v.item() for k, v in rollout_metrics.sums(drawn, prediction(drawn)).items()}
+    made = rollout_metrics.sums(drawn, prediction(drawn), rewarded=True)
+    sums = {name: value.item() for name, value in made.items()}
     for weight in (1.0, 9.0):
         divided = {name: value / weight for name, value in sums.items()}
         found = rollout_metrics.metrics({"divergence": 0.5, **divided})

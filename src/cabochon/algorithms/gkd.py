@@ -219,8 +219,8 @@ def objective(config: Config, teacher: Teacher | None) -> Objective[Policy, Sequ
             drew = tempered(prediction, config.sampling_temperature)
             total = total + policy_gradient(drew, batch, gain).total
         weight = (batch.mask if config.average == "token" else batch.mask.any(1)).sum().float()
-        report = {"divergence": divergence, **rollout_metrics.sums(drawn, prediction)}
-        return Loss(total=total, weight=weight, report=report)
+        sums = rollout_metrics.sums(drawn, prediction, rewarded=alpha < 1.0)
+        return Loss(total=total, weight=weight, report={"divergence": divergence, **sums})
 
     return loss
 

@@ -30,7 +30,7 @@ COMPARED = 32
 
 
 @torch.no_grad()
-def sums(drawn: Sequences, prediction: Prediction) -> dict[str, Tensor]:
+def sums(drawn: Sequences, prediction: Prediction, *, rewarded: bool = False) -> dict[str, Tensor]:
     """Sums over one micro-batch, for `Loss.report`.
 
     The recorded log-probabilities are compared with the training forward's at a few tokens of the
@@ -39,6 +39,7 @@ def sums(drawn: Sequences, prediction: Prediction) -> dict[str, Tensor]:
     Args:
         drawn: B rows.
         prediction: of the rows as they are now, at temperature 1.
+        rewarded: there are rewards to report.
     """
     batch, own = drawn.batch, drawn.own.float()
     row = int(drawn.own.int().argmax())  # the first of its own, if there is one
@@ -46,15 +47,15 @@ def sums(drawn: Sequences, prediction: Prediction) -> dict[str, Tensor]:
     targets = batch.targets[row, places].unsqueeze(-1)
     logprob = prediction.logits(places + row * batch.shape[1]).log_softmax(-1)
     gap = (logprob.gather(-1, targets).squeeze(-1) - drawn.recorded[row, places]).abs().sum()
-    return {
+    found = {
         "sum_rows": torch.tensor(float(len(own)), device=own.device),
         "sum_tokens": batch.mask.sum().float(),
         "sum_own": own.sum(),
         "sum_stopped": (drawn.stopped * own).sum(),
-        "sum_reward": (drawn.reward * own).sum(),
         "sum_gap": gap.float(),
         "sum_compared": torch.tensor(float(len(places)), device=own.device),
     }
+    return found | ({"sum_reward": (drawn.reward * own).sum()} if rewarded else {})
 
 
 def metrics(report: Mapping[str, float]) -> dict[str, float]:
@@ -68,6 +69,6 @@ def metrics(report: Mapping[str, float]) -> dict[str, float]:
     """
     found = {name: value for name, value in report.items() if not name.startswith("sum_")}
     for name, (numerator, denominator) in RATIOS.items():
-        if report.get(denominator, 0.0) > 0.0:
+        if numerator in report and report[denominator] > 0.0:
             found[name] = report[numerator] / report[denominator]
     return found
