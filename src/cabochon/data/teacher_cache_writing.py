@@ -45,7 +45,7 @@ from cabochon.files import sha256_of, whole, write_whole
 
 __all__ = ["SHARD_BYTES", "text_sha256", "write_cache"]
 
-SHARD_BYTES = 2**26
+SHARD_BYTES = 2**25
 """About so many bytes of entries make a shard."""
 
 _NAME = re.compile(r"shard-(\d{5,})\.safetensors")
@@ -157,10 +157,10 @@ class _Work:
                     "this teacher does not say its whole distribution, so nothing can be drawn "
                     "from it; store its likeliest tokens (--top-k) instead of draws"
                 )
-            return _numpy(self._draws(said, rows, document))
+            return _stored(self._draws(said, rows, document), self.identity)
         if isinstance(said, SampledTargets):
             raise ConfigError("this teacher gives draws; its likeliest tokens cannot be had")
-        return _numpy(self._likeliest(said, rows))
+        return _stored(self._likeliest(said, rows), self.identity)
 
     def _draws(self, said: Prediction, rows: Tensor, document: Placed) -> dict[str, Tensor]:
         key = Key(self.identity.seed, ("teacher",))
@@ -209,7 +209,7 @@ def _arrays(
     cut = identity.form == "top_k"
 
     def joined(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
-        return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
+        return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
 
     def every(name: str, dtype: Any) -> NDArray[Any]:
         return joined([said[name].reshape(-1) for _, said in kept], dtype)
@@ -219,7 +219,7 @@ def _arrays(
 
     for _, said in kept:
         if cut:
-            said["sizes"] = np.full(len(said["tail"]), said["ids"].shape[-1])
+            said["sizes"] = np.full(len(said["tail"]), said["ids"].shape[-1], np.int32)
     arrays = {
         "digests": joined(
             [np.frombuffer(digest(each.tokens), np.uint8) for each, _ in kept], np.uint8
@@ -230,7 +230,7 @@ def _arrays(
         "first_position": starts([len(said["sizes"]) for _, said in kept]),
         "first_entry": starts([said["ids"].size for _, said in kept]),
         "sizes": every("sizes", np.int32),
-        "ids": every("ids", np.uint16 if identity.vocabulary <= 2**16 else np.int32),
+        "ids": every("ids", _id_type(identity)),
     }
     if cut:
         logprob = every("logprob", np.dtype(identity.dtype))
@@ -383,5 +383,12 @@ def _name(digest_: bytes, counted: NDArray[np.bool_]) -> bytes:
     return digest_ + hashlib.blake2b(np.packbits(counted).tobytes(), digest_size=8).digest()
 
 
-def _numpy(named: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
-    return {name: value.cpu().numpy() for name, value in named.items()}
+def _stored(named: dict[str, Tensor], identity: CacheIdentity) -> dict[str, NDArray[Any]]:
+    """In the types of the file: what is kept until a shard is full is no larger than the shard."""
+    types = {"ids": _id_type(identity), "counts": np.uint16, "sizes": np.int32}
+    found = {name: value.cpu().numpy() for name, value in named.items()}
+    return {name: value.astype(types.get(name, value.dtype)) for name, value in found.items()}
+
+
+def _id_type(identity: CacheIdentity) -> type[np.uint16] | type[np.int32]:
+    return np.uint16 if identity.vocabulary <= 2**16 else np.int32

@@ -45,7 +45,7 @@ __all__ = [
     "uniforms",
 ]
 
-_ELEMENTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+_ELEMENTS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
 """Logits that exist at a time: rows x vocabulary."""
 
 
@@ -128,24 +128,26 @@ def draw(logits: Tensor, uniform: Tensor) -> Drawn:
         NonFinite: a row is no distribution.
     """
     vocabulary = logits.shape[-1]
-    law = _law(logits).double()
-    prob = law.exp()
+    law = _law(logits)
+    prob = law.double().exp()
     upto = prob.cumsum(-1)
     chosen = torch.searchsorted(upto, uniform * upto[:, -1:], right=True)
-    # uniform * total may round up to the total: then the last possible token is meant.
-    last = vocabulary - 1 - (prob > 0).flip(-1).long().argmax(-1, keepdim=True)
-    chosen = torch.minimum(chosen, last)
+    del upto
+    beyond = (chosen == vocabulary).any(-1)
+    if bool(beyond.any()):  # uniform * total was rounded up to the total: the last possible token
+        last = vocabulary - 1 - (prob[beyond] > 0).byte().flip(-1).argmax(-1, keepdim=True)
+        chosen[beyond] = torch.minimum(chosen[beyond], last)
     rows = torch.arange(len(chosen), device=chosen.device).unsqueeze(-1)
     flat = (chosen + vocabulary * rows).flatten().sort().values
     found, counts = flat.unique_consecutive(return_counts=True)
-    finite = law.nan_to_num(neginf=0.0)
+    prob, finite = prob.float(), law.nan_to_num_(neginf=0.0)
     mean = (prob * finite).sum(-1, keepdim=True)
     return Drawn(
         sizes=torch.bincount(found // vocabulary, minlength=len(chosen)),
         ids=found % vocabulary,
         counts=counts,
-        variance=(prob * (finite - mean).square()).sum(-1).float(),
-        spread=(1.0 - prob.square().sum(-1)).float(),
+        variance=(prob * (finite - mean).square_()).sum(-1).float(),
+        spread=(1.0 - prob.square_().sum(-1, dtype=torch.float64)).float(),
     )
 
 
