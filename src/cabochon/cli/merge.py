@@ -288,7 +288,8 @@ def _several(models: Sequence[str]) -> None:
 def _weights(weights: Sequence[float], *, normalize: bool) -> Sequence[float] | None:
     """None where no weights are given."""
     total = math.fsum(weights)
-    if not weights or not normalize or not total > 0:  # what is wrong is said where it is used
+    sound = bool(weights) and total > 0 and min(weights) >= 0
+    if not sound or not normalize:  # what is wrong is said where it is used
         return weights or None
     return [weight / total for weight in weights]
 

@@ -110,11 +110,9 @@ def convex(weights: Sequence[float] | None, count: int) -> list[float]:
         )
     total = math.fsum(weights)
     if abs(total - 1.0) > 1e-6:
-        scaled = ", ".join(f"{weight / total:.6g}" for weight in weights) if total else "others"
-        raise ConfigError(
-            f"weights must sum to 1, got {shown}, which sum to {total:g}; divided by that "
-            f"they are {scaled} (--normalize)"
-        )
+        scaled = ", ".join(f"{weight / total:.6g}" for weight in weights) if total else ""
+        way = f"divided by that they are {scaled} (--normalize)" if total else "give one above 0"
+        raise ConfigError(f"weights must sum to 1, got {shown}, which sum to {total:g}; {way}")
     return [weight / total for weight in weights]
 
 
