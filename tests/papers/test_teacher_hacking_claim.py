@@ -19,8 +19,8 @@ WATCH = Detector(warmup=16, fitted=8)
 
 
 def late(curve: Curves) -> Change:
-    """How golden moved over the last half of the updates."""
-    middle = next(at for at, step in enumerate(curve.steps) if 2 * step >= curve.steps[-1])
+    """How golden moved since the last measurement in the first half of the updates."""
+    middle = max(at for at, step in enumerate(curve.steps) if 2 * step <= curve.steps[-1])
     return change(curve.golden[middle], curve.golden[-1])
 
 

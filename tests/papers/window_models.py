@@ -32,7 +32,7 @@ REGIMES = ("offline", "diverse", "more_prompts", "online_teacher", "online_stude
 class World:
     """What may be changed of it."""
 
-    prompts: int = 150
+    prompts: int = 200
     """M, of the distillation."""
     responses: int = 8
     """k, of `diverse`; `more_prompts` has k M prompts."""

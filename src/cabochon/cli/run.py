@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from cabochon.cli import demo as demo_verb
 from cabochon.cli.configuration import FLAT, build, read
-from cabochon.cli.machine import device_of
+from cabochon.cli.machine import device_of, model_folder
 from cabochon.cli.stages import carry_out
 from cabochon.cli.words import unknown
 from cabochon.core.errors import ConfigError
@@ -71,7 +71,10 @@ def main(argv: Sequence[str]) -> int:
         names={"pipeline": name},
     )
     settings = invocation.settings
-    recipe = settings.recipe if isinstance(settings, Gemma2Settings) else settings.experiment
+    if isinstance(settings, Gemma2Settings):
+        recipe: Any = settings.recipe
+    else:
+        recipe = _with_folders(settings.experiment)
     device_of(recipe.device)  # refuses what is none
     return carry_out(_pipeline(recipe, settings.out), settings.out, as_json=invocation.json)
 
@@ -89,6 +92,20 @@ def resume(folder: Path, content: Mapping[str, Any], *, as_json: bool) -> int:
     kind: Any = gemma2.Config if name == "gemma2" else teacher_hacking.Config
     recipe = build(kind, rest, origin=origin)
     return carry_out(_pipeline(recipe, folder), folder, as_json=as_json)
+
+
+def _with_folders(config: teacher_hacking.Config) -> teacher_hacking.Config:
+    """The same, with the model folder of each run that was named for a model."""
+    return replace(
+        config,
+        oracle=_folder(config.oracle),
+        teacher=_folder(config.teacher),
+        student=_folder(config.student),
+    )
+
+
+def _folder(named: str) -> str:
+    return str(model_folder(named)) if named else ""
 
 
 def _pipeline(

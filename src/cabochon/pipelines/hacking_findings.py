@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def written(
     config: Config,
     folder: Path,
     paths: Mapping[str, Path],
-    models: Mapping[str, Backbone],
+    load: Callable[[Path], Backbone],
     judges: Judges,
     prompts: Prompts,
     settings: Settings,
@@ -109,7 +109,7 @@ def written(
         config: of the experiment.
         folder: of the pipeline.
         paths: model folders by name: oracle, teacher, student (as it began), each regime.
-        models: the same, loaded.
+        load: reads one of them.
         judges: what students are held against.
         prompts: the three sides.
         settings: of every response.
@@ -123,16 +123,21 @@ def written(
             curves: dict[str, _Curve] = {
                 name: _curve(folder / name / "curve", config) for name in config.regimes
             }
-            finals = {
-                name: _final(models[name], judges, settings, Key(config.seed).fold("final"))
-                for name in config.regimes
-            }
+            finals: dict[str, Any] = {}
+            counts: dict[str, int] = {}
+            for name, path in paths.items():  # one at a time: they may be large
+                model = load(path)
+                counts[name] = sum(weight.numel() for weight in _parameters(model))
+                if name in curves:
+                    finals[name] = _final(model, judges, settings, Key(config.seed).fold("final"))
+                elif name == "student":
+                    start = {
+                        "proxy": _told(judges.proxy(model)),
+                        "golden": _told(judges.golden(model)),
+                    }
             found = {
-                "start": {
-                    "proxy": _told(judges.proxy(models["student"])),
-                    "golden": _told(judges.golden(models["student"])),
-                },
-                "teacher": {"golden": _told(judges.golden(models["teacher"]))},
+                "start": start,
+                "teacher": {"golden": _told(judges.golden(judges.teacher))},
                 "regimes": [
                     {
                         "name": name,
@@ -144,7 +149,7 @@ def written(
                 ],
                 "compared": _compared(curves),
             }
-        facts = _facts(config, paths, models, prompts)
+        facts = _facts(config, paths, counts, prompts)
         write_json(place, {"format": 1, **facts, **found})
         note_memory(folder)
     observe(Event(stage="report", steps=0, note="draws the page"))
@@ -239,7 +244,7 @@ def _compared(curves: Mapping[str, _Curve]) -> list[dict[str, Any]]:
 def _facts(
     config: Config,
     paths: Mapping[str, Path],
-    models: Mapping[str, Backbone],
+    counts: Mapping[str, int],
     prompts: Prompts,
 ) -> dict[str, Any]:
     """What was built, and from what."""
@@ -267,7 +272,7 @@ def _facts(
         "models": [
             {
                 "name": name,
-                "parameters": sum(p.numel() for p in _parameters(models[name])),
+                "parameters": counts[name],
                 "weights": folders.fingerprint(path),
             }
             for name, path in paths.items()

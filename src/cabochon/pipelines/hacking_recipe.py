@@ -43,8 +43,8 @@ class Learning:
 ORACLE = Shape(width=96, layers=3, heads=4, kv_heads=2, head_width=24, ffn_width=288, window=32)
 SMALLER = Shape(width=64, layers=2, heads=4, kv_heads=2, head_width=16, ffn_width=192, window=32)
 LEARN = Learning(steps=800, rows=16, learning_rate=1e-2)
-TEACH = Learning(steps=400, rows=32, learning_rate=5e-3)
-BEGIN = Learning(steps=100, rows=32, learning_rate=5e-3)
+TEACH = Learning(steps=800, rows=32, learning_rate=5e-3)
+BEGIN = Learning(steps=400, rows=32, learning_rate=5e-3)
 DISTIL = Learning(steps=600, rows=16, learning_rate=3e-3, schedule="constant")
 
 
@@ -64,7 +64,7 @@ class Config:
     """The field of a record that holds its text."""
     regimes: tuple[Regime, ...] = REGIMES
     """Where the sequences of the distillations come from."""
-    prompts: int = 96
+    prompts: int = 48
     """M: prompts of the distillation."""
     responses: int = 8
     """k: responses to each in `diverse`, and how many times M the prompts of `more_prompts` are."""

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from cabochon import folders
 from cabochon.algorithms import gkd, pretrain, sft
 from cabochon.core import Group, Key, Step, TokenBatch
-from cabochon.core.errors import TokenizerMismatch
+from cabochon.core.errors import ConfigError, TokenizerMismatch
 from cabochon.data.order import Order
 from cabochon.data.packing import pack_documents
 from cabochon.data.readers import read_documents
@@ -85,6 +85,7 @@ def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, ob
     Raises:
         RunChanged: `folder` was begun with other settings or files.
         DataError: the texts give too few prompts.
+        ConfigError: prompt and response are longer than a given model's context.
         TokenizerMismatch: the models that were given do not share a tokenizer.
         KeyboardInterrupt: SIGINT came and everything was saved.
     """
@@ -116,14 +117,21 @@ def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, ob
         begun = dict(paths)
         for each in config.regimes:
             paths[each] = _distilled(work, each, begun, judges, pool)
-        models = {name: _model(work, path) for name, path in paths.items()}
         rows, steps = config.distil.rows, config.distil.steps
         asked: dict[str, int] = {
             each: regimes.responses_drawn(each, pool, rows=rows, steps=steps)
             for each in config.regimes
         }
         return hacking_findings.written(
-            config, folder, paths, models, judges, work.prompts, work.settings, asked, observe
+            config,
+            folder,
+            paths,
+            lambda path: _model(work, path),
+            judges,
+            work.prompts,
+            work.settings,
+            asked,
+            observe,
         )
 
 
@@ -283,10 +291,11 @@ def _distilled(
 def _pool(work: _Work, teacher: Model) -> Pool:
     """The teacher's responses to the prompts of the distillation."""
     config, prompts = work.config, work.prompts.distillation
-    few = _drawn(work, "few", teacher, prompts[: config.prompts], config.responses)
+    key = work.key("responses", "teacher")  # one for both: the prompts of `few` begin `many`
+    few = _drawn(work, "few", teacher, prompts[: config.prompts], config.responses, key)
     many: list[Group] = []
     if "more_prompts" in config.regimes:
-        many = _drawn(work, "many", teacher, prompts, 1)
+        many = _drawn(work, "many", teacher, prompts, 1, key)
     return Pool(few=few, many=many)
 
 
@@ -359,7 +368,13 @@ def _learned(
 
 
 def _model(work: _Work, path: Path) -> Model:
-    return folders.load_model(path, dtype=work.dtype, device=work.config.device)
+    model = folders.load_model(path, dtype=work.dtype, device=work.config.device)
+    if model.context < work.config.context:
+        raise ConfigError(
+            f"{path} is meant for {model.context} tokens; prompt_tokens and response_tokens are "
+            f"{work.config.context} together; lower one of them"
+        )
+    return model
 
 
 def _new(work: _Work, shape: Shape, name: str) -> Gemma:
