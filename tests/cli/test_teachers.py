@@ -173,6 +173,12 @@ def test_a_cache_beside_its_teacher_is_compared_with_it(
     wrong = ("--teacher", tmp_path / "other", "--teacher-cache", cache)
     done = workshop.train(*wrong, "--out", tmp_path / "wrong")
     assert_refused(done, "was made from another teacher", "model.safetensors differ")
+    looked = call(
+        "doctor", "pretrain", *wrong, "--tokenizer", workshop.tokenizer, "--data", workshop.corpus,
+        "--context", 64,
+    )  # fmt: skip
+    assert looked.code == 1
+    assert "WRONG  teacher and cache: " in looked.out
     capped = tmp_path / "capped"
     shutil.copytree(workshop.model, capped)
     values = json.loads((capped / "config.json").read_text())

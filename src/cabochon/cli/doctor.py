@@ -114,6 +114,8 @@ def _examine_run(recipe: Recipe[Any], settings: Any) -> _Findings:
         if named.get(name):
             own = named.get("cross_tokenizer") and (named[TOKENIZER] or named["teacher"])
             findings.checks += teacher_checks.teacher(found, named[name], run, own=own or "")
+    if named.get("teacher") and named.get("teacher_cache"):
+        findings.checks.append(teacher_checks.same(named["teacher"], named["teacher_cache"]))
     if not run.data:
         findings.checks.append(Check(name="data", well=False, text="none is named: --data FILE"))
     for name in run.data:

@@ -13,7 +13,7 @@ from cabochon.cli.machine import model_folder, refuse_rows_beyond, tokenizer_of
 from cabochon.cli.rows import document_rows
 from cabochon.cli.session import begins_from_folder, config_for
 from cabochon.cli.settings import RunSettings
-from cabochon.cli.teachers import check_covers, kind, load_served, open_cache
+from cabochon.cli.teachers import check_covers, compare, kind, load_served, open_cache
 from cabochon.core import TokenBatch
 from cabochon.core.errors import CabochonError
 from cabochon.data.alignment import aligned
@@ -23,7 +23,7 @@ from cabochon.data.tokenizer import Tokenizer
 from cabochon.data.tokenizer_files import open_backend, read_object, read_utf8
 from cabochon.weight_files import read_json
 
-__all__ = ["teacher"]
+__all__ = ["same", "teacher"]
 
 HARD_TEXT = "Two  words,\tIt's 12345 (x_y);\n\n  caf\u00e9 e\u0301 \u6f22\u5b57 \U0001f642."
 
@@ -54,6 +54,16 @@ def teacher(student: Tokenizer, spec: str, run: RunSettings, *, own: str = "") -
             yield checks.attempt("teacher's BOS", lambda: _bos(student, spec))
             yield checks.attempt("teacher's soft-caps", lambda: _caps(student, spec, run))
             yield checks.attempt("teacher's context", lambda: _context(spec, run))
+
+
+def same(spec: str, cache: str) -> Check:
+    """Whether a cache was made from the teacher that is named beside it."""
+
+    def look() -> Check:
+        compare(open_cache(cache), spec)
+        return Check(name="teacher and cache", well=True, text="the cache is of this teacher")
+
+    return checks.attempt("teacher and cache", look)
 
 
 def _crossing(student: Tokenizer, folder: str) -> Check:

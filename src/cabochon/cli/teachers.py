@@ -37,6 +37,7 @@ __all__ = [
     "Kind",
     "TeacherSettings",
     "check_covers",
+    "compare",
     "files_of",
     "identities",
     "kind",
@@ -176,13 +177,23 @@ def load_teacher(settings: TeacherSettings, run: RunSettings, tokenizer: Tokeniz
     cache = open_cache(source)
     cache.check_tokenizer(tokenizer.fingerprint())
     if settings.teacher_cache and settings.teacher:
-        if kind(settings.teacher) != "model":
-            raise ConfigError(
-                f"--teacher-cache beside --teacher {settings.teacher}: only a model folder or run "
-                "can be compared with a cache; leave one of the two out"
-            )
-        cache.check_teacher(files_of(model_folder(settings.teacher)), settings.teacher)
+        compare(cache, settings.teacher)
     return cache
+
+
+def compare(cache: TeacherCache, teacher: str) -> None:
+    """Make sure that a cache was made from the teacher that is named beside it.
+
+    Raises:
+        DataError: it was made from another.
+        ConfigError: the teacher is no folder, whose files could be compared.
+    """
+    if kind(teacher) != "model":
+        raise ConfigError(
+            f"--teacher-cache beside --teacher {teacher}: only a model folder or run can be "
+            "compared with a cache; leave one of the two out"
+        )
+    cache.check_teacher(files_of(model_folder(teacher)), teacher)
 
 
 def load_policy(spec: str, run: RunSettings, tokenizer: Tokenizer) -> Policy:

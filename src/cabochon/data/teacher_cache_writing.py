@@ -291,8 +291,11 @@ def _finish(folder: Path, identity: CacheIdentity, note: str) -> CacheManifest:
         shards=tuple(shards),
         note=note,
     )
-    write_whole(folder / MANIFEST, manifest.text())
-    (folder / MAKING).unlink(missing_ok=True)
+    try:
+        write_whole(folder / MANIFEST, manifest.text())
+        (folder / MAKING).unlink(missing_ok=True)
+    except OSError as error:
+        raise FolderError(f"{folder / MANIFEST} could not be written: {error}") from error
     return manifest
 
 
