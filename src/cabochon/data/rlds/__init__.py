@@ -1,0 +1,1 @@
+"""Episodes of experience as RLDS lays them out: records, files, transformations, rollouts."""
