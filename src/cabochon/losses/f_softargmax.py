@@ -54,7 +54,7 @@ _MOST_PASSES = 100
 """Bisection alone would need about 60."""
 _USUAL_PASSES = 8
 """What a rehearsal without values takes."""
-_WORTHWHILE = 16
+_WORTHWHILE = 4
 """A sparse row is cut to its candidates where they are fewer than one in this many."""
 _HALVINGS = 5
 """How often the reach of a sparse row's candidates is halved in search of few."""
