@@ -231,6 +231,7 @@ def test_a_cut_cache_is_refused_and_an_unfinished_one_too(
     [
         (("--top-k", 401), "top_k must lie in 1 to 400", 2),
         (("--draws", -1), "draws must be 0", 2),
+        (("--draws", 4, "--top-k", 4), "give one", 2),
         (("--teacher-model", "x"), "is for a server", 2),
     ],
 )
@@ -309,6 +310,15 @@ def test_a_plan_counts_no_teacher_that_is_elsewhere(workshop: Workshop, cache: P
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.answer["memory_bytes"]["teacher"] == 0
+
+
+def test_inspecting_a_cache_says_what_it_loses(workshop: Workshop, cache: Path) -> None:
+    readable = call("data", "inspect", cache, "--tokenizer", workshop.tokenizer)
+    assert readable.code == 0, readable.err
+    assert "uneven          0.0" in readable.out
+    found = call("data", "inspect", cache, "--json").answer
+    assert found["identity"]["width"] == V
+    assert found["losses"]["tail"] == 0.0
 
 
 def test_the_doctor_looks_at_a_cache(workshop: Workshop, tmp_path: Path, cache: Path) -> None:

@@ -41,6 +41,9 @@ from cabochon.data.tokenizer import Tokenizer
 
 __all__ = ["CacheSettings", "main"]
 
+LIKELIEST = 64
+"""Tokens of a position that are stored where nothing is said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
@@ -62,8 +65,9 @@ class CacheSettings:
     """The field of a record that holds its text."""
     out: str = ""
     """The folder of the cache; one in which this was interrupted is gone on with."""
-    top_k: int = 64
-    """How many of the likeliest tokens of a position are stored, beside the mass of the others."""
+    top_k: int | None = None
+    """How many of the likeliest tokens of a position are stored, beside the mass of the others; 64
+    when absent."""
     draws: int = 0
     """Store so many tokens drawn from the whole distribution instead of the likeliest."""
     seed: int = 0
@@ -87,6 +91,13 @@ class CacheSettings:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.draws < 0:
             raise ConfigError(f"draws must be 0 (none) or more, got {self.draws}")
+        if self.draws and self.top_k is not None:
+            raise ConfigError("--top-k stores the likeliest tokens, --draws drawn ones; give one")
+
+    @property
+    def width(self) -> int:
+        """Tokens that are stored of a position."""
+        return self.draws or (LIKELIEST if self.top_k is None else self.top_k)
 
 
 class _Told(Protocol):
@@ -178,7 +189,7 @@ def _source(settings: CacheSettings, tokenizer: Tokenizer, parts: Sequence[Packe
         if settings.draws:
             raise ConfigError("a server says its likeliest tokens; draws need the teacher's folder")
         teacher = teachers.load_served(
-            settings.teacher, tokenizer, top_k=settings.top_k, model=settings.teacher_model
+            settings.teacher, tokenizer, top_k=settings.width, model=settings.teacher_model
         )
         files = {"server": settings.teacher, "model": settings.teacher_model}
         return _Source(teacher=teacher, vocabulary=tokenizer.vocab_size, files=files)
@@ -207,7 +218,7 @@ def _identity(
 ) -> CacheIdentity:
     return CacheIdentity(
         form="sampled" if settings.draws else "top_k",
-        width=settings.draws or settings.top_k,
+        width=settings.width,
         seed=settings.seed if settings.draws else 0,
         dtype=settings.store,
         vocabulary=source.vocabulary,

@@ -19,6 +19,7 @@ from cabochon.cli.rows import chats_of, documents_of, encode_conversation, is_pa
 from cabochon.core.errors import ConfigError, DataError, FolderError
 from cabochon.data.packed import Packed
 from cabochon.data.readers import read_records
+from cabochon.data.teacher_cache import TeacherCache, is_teacher_cache
 from cabochon.data.tokenizer import Tokenizer
 
 __all__ = ["InspectSettings", "main"]
@@ -29,7 +30,8 @@ class InspectSettings:
     """What to look at, and through which tokenizer."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
-    """A packed folder, a file or folder of text or records, a run directory, or `stdlib`."""
+    """A packed folder, a teacher cache, a file or folder of text or records, a run directory, or
+    `stdlib`."""
     tokenizer: str = ""
     """A tokenizer or model folder; without one there are characters but no tokens."""
     field: str = "text"
@@ -63,7 +65,28 @@ def main(argv: Sequence[str]) -> int:
         for name in _of_run(settings.path)["data"]:
             _show(settings, _look(name, settings, tokenizer), tokenizer, name)
         return 0
+    if is_teacher_cache(settings.path):
+        return _teacher_cache(settings, tokenizer)
     _show(settings, _look(settings.path, settings, tokenizer), tokenizer, settings.path)
+    return 0
+
+
+def _teacher_cache(settings: InspectSettings, tokenizer: Tokenizer | None) -> int:
+    """What a cache was made of, and what it loses; its documents are hashes, which nobody reads."""
+    cache = TeacherCache.open(settings.path)
+    if tokenizer is not None:
+        cache.check_tokenizer(tokenizer.fingerprint())
+    content = asdict(cache.manifest)
+    if settings.json:
+        answer({"path": settings.path, **content})
+        return 0
+    screen = console(stderr=False)
+    screen.print(f"{settings.path}", style="bold", markup=False)
+    identity, losses = content["identity"], content["losses"]
+    shown = {k: identity[k] for k in ("form", "width", "dtype", "vocabulary")}
+    for key, value in {**shown, "documents": content["documents"], **losses}.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value}"
+        screen.print(f"  {key:<15} {text}", markup=False)
     return 0
 
 
