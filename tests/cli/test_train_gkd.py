@@ -250,6 +250,8 @@ def test_plan_and_doctor_know_it(folder: Path, tmp_path: Path) -> None:
         ({"weights": 1.0}, 2, "prompts come from files of prompts"),
         ({"context": 100_000}, 2, "rows of 100000 tokens are longer than"),
         ({"sample-every": -1}, 2, "sample_every must be at least 0"),
+        ({"student": "nowhere"}, 2, "there is no model folder or run at nowhere"),
+        ({"student": "gemma2-nano", "model": "gemma2-mini"}, 2, "--student and --model name"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_run_begins(

@@ -30,6 +30,7 @@ from cabochon.data.prompts import PromptRows
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.files import write_whole
 from cabochon.generation.engine import generate
+from cabochon.models.gemma.presets import PRESETS
 from cabochon.training import parallel
 from cabochon.training.optimizers import OptimizerConfig
 
@@ -66,6 +67,11 @@ class GkdSettings:
         if self.sample_every < 0:
             raise ConfigError(f"sample_every must be at least 0, got {self.sample_every}")
         if self.student:
+            if self.student not in PRESETS and not Path(self.student).exists():
+                raise ConfigError(
+                    f"there is no model folder or run at {self.student}; name what --student "
+                    "begins from"
+                )
             given = self.run.model
             if given not in (Architecture(), Architecture(source=self.student)):
                 raise ConfigError("--student and --model name the same thing; give one of them")
