@@ -100,16 +100,18 @@ class Config:
     def __post_init__(self) -> None:
         _ = (self.learning_rate_schedule, self.settings(()), self.f)  # refuse what cannot be
         own, alpha = self.own_fraction, self.distillation_weight
-        below_1 = min(self.steps, self.accumulate, self.samples) < 1
-        flat = min(self.teacher_temperature, self.student_temperature, self.max_grad_norm) <= 0.0
-        scored = alpha < 1.0 or self.credit == "future"
+        above_0 = (self.teacher_temperature, self.student_temperature, self.max_grad_norm)
+        far, scored = self.credit == "future", alpha < 1.0 or self.credit == "future"
+        as_text = (self.divergence, self.teacher_temperature, own) == ("forward_kl", 1.0, 0.0)
         for wrong, reason in (
             (not 0.0 <= own <= 1.0, f"on_policy_fraction must lie in [0, 1], got {own}"),
             (not 0.0 <= alpha <= 1.0, f"distillation_weight must lie in [0, 1], got {alpha}"),
-            (below_1, "steps, accumulate and samples must be at least 1"),
-            (flat, "temperatures and max_grad_norm must be above 0"),
-            (self.learns_text and own > 0.0, f"{self.preset} learns the text itself, which "
-             "must not be the student's own: leave on_policy_fraction out"),
+            (min(self.steps, self.accumulate, self.samples) < 1,
+             "steps, accumulate and samples must be at least 1"),
+            (not all(x > 0.0 for x in above_0), "temperatures and max_grad_norm must be above 0"),
+            (self.learns_text and not as_text, f"{self.preset} learns the text itself, by forward "
+             "KL: leave divergence, teacher_temperature and on_policy_fraction out"),
+            (far and own == 0.0, "future credit is for what the student draws; here it never does"),
             (self.samples > 1 and self.draw == "sequence" and 0.0 < own < 1.0,
              "samples beside one text of other prompts would count several times; draw by batch"),
             (alpha < 1.0 and (own < 1.0 or self.average == "token"), "a reward is of a whole "
