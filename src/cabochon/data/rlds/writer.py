@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,8 +112,17 @@ class EpisodeWriter:
         Raises:
             DataError: the episode breaks a rule of the format, or is not of the specification.
         """
+        self.write_all([episode])
+
+    def write_all(self, episodes: Iterable[Episode]) -> None:
+        """Adds episodes that belong together: they reach the system, and one shard, together."""
         if self._closed:
             raise DataError("the writer is closed")
+        self._append([self._record(episode) for episode in episodes])
+        if self._count >= self.limits[0] or self._bytes >= self.limits[1]:
+            self.close_shard()
+
+    def _record(self, episode: Episode) -> bytes:
         check(episode)
         if episode.alignment != "SAR":
             raise DataError(
@@ -130,9 +139,7 @@ class EpisodeWriter:
         if self.spec is None:
             self.spec = Spec.of(episode)
             self._begin()
-        self._append(encode_episode(self.spec, episode))
-        if self._count >= self.limits[0] or self._bytes >= self.limits[1]:
-            self.close_shard()
+        return encode_episode(self.spec, episode)
 
     def close_shard(self) -> None:
         """Makes a closed shard of what has been written since the last one, if anything was."""
@@ -226,12 +233,14 @@ class EpisodeWriter:
         self._journal.flush()
         self._count = self._bytes = 0
 
-    def _append(self, record: bytes) -> None:
+    def _append(self, records: list[bytes]) -> None:
+        if not records:
+            return
         assert self._journal is not None
-        self._journal.write(framed(record))
+        self._journal.write(b"".join(framed(record) for record in records))
         self._journal.flush()
-        self._count += 1
-        self._bytes += len(record)
+        self._count += len(records)
+        self._bytes += sum(len(record) for record in records)
 
     def _journal_path(self) -> Path:
         return journal_path(self.folder, self.info, self.split)
