@@ -120,41 +120,55 @@ def written(
     if not place.is_file():
         observe(Event(stage="evaluation", steps=0, note="compares the students"))
         with timed(folder, "evaluation"):
-            curves: dict[str, _Curve] = {
-                name: _curve(folder / name / "curve", config) for name in config.regimes
-            }
-            finals: dict[str, Any] = {}
-            counts: dict[str, int] = {}
-            for name, path in paths.items():  # one at a time: they may be large
-                model = load(path)
-                counts[name] = sum(weight.numel() for weight in _parameters(model))
-                if name in curves:
-                    finals[name] = _final(model, judges, settings, Key(config.seed).fold("final"))
-                elif name == "student":
-                    start = {
-                        "proxy": _told(judges.proxy(model)),
-                        "golden": _told(judges.golden(model)),
-                    }
-            found = {
-                "start": start,
-                "teacher": {"golden": _told(judges.golden(judges.teacher))},
-                "regimes": [
-                    {
-                        "name": name,
-                        "responses": drawn[name],
-                        **_judged(curves[name], config),
-                        "final": finals[name],
-                    }
-                    for name in config.regimes
-                ],
-                "compared": _compared(curves),
-            }
+            found, counts = _found(config, folder, paths, load, judges, settings, drawn)
         facts = _facts(config, paths, counts, prompts)
         write_json(place, {"format": 1, **facts, **found})
         note_memory(folder)
     observe(Event(stage="report", steps=0, note="draws the page"))
     report.render(folder)
     return dict(json.loads(place.read_text("utf-8")))
+
+
+def _found(
+    config: Config,
+    folder: Path,
+    paths: Mapping[str, Path],
+    load: Callable[[Path], Backbone],
+    judges: Judges,
+    settings: Settings,
+    drawn: Mapping[str, int],
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What was measured of every student, and how many parameters each model has."""
+    curves: dict[str, _Curve] = {
+        name: _curve(folder / name / "curve", config) for name in config.regimes
+    }
+    finals: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for name, path in paths.items():  # one at a time: they may be large
+        model = load(path)
+        counts[name] = sum(weight.numel() for weight in _parameters(model))
+        if name in curves:
+            finals[name] = _final(model, judges, settings, Key(config.seed).fold("final"))
+        elif name == "student":
+            start = {
+                "proxy": _told(judges.proxy(model)),
+                "golden": _told(judges.golden(model)),
+            }
+    found = {
+        "start": start,
+        "teacher": {"golden": _told(judges.golden(judges.teacher))},
+        "regimes": [
+            {
+                "name": name,
+                "responses": drawn[name],
+                **_judged(curves[name], config),
+                "final": finals[name],
+            }
+            for name in config.regimes
+        ],
+        "compared": _compared(curves),
+    }
+    return found, counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,13 +89,7 @@ def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, ob
         TokenizerMismatch: the models that were given do not share a tokenizer.
         KeyboardInterrupt: SIGINT came and everything was saved.
     """
-    config = replace(
-        config,
-        oracle=_absolute(config.oracle),
-        teacher=_absolute(config.teacher),
-        student=_absolute(config.student),
-        data=_absolute(config.data),
-    )
+    config = _resolved(config)
     given = (config.oracle, config.teacher, config.student, config.data)
     inputs = {"seed": config.seed, "files": {path: hash_of(path) for path in given if path}}
     settings = {"pipeline": "teacher_hacking", **asdict(config)}
@@ -393,6 +387,16 @@ def _new(work: _Work, shape: Shape, name: str) -> Gemma:
         bos_id=tokenizer.control("bos"),
     )
     return Gemma.init(made, work.key(name, "weights"), work.dtype, device=config.device)
+
+
+def _resolved(config: Config) -> Config:
+    return replace(
+        config,
+        oracle=_absolute(config.oracle),
+        teacher=_absolute(config.teacher),
+        student=_absolute(config.student),
+        data=_absolute(config.data),
+    )
 
 
 def _absolute(path: str) -> str:
