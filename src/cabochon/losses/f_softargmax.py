@@ -23,13 +23,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cabochon.core.errors import ConfigError, DataError
-from cabochon.losses.f_divergences import FDivergence, is_kl
+from cabochon.losses.f_divergences import (
+    Alpha,
+    ChiSquare,
+    FDivergence,
+    ReverseKL,
+    SquaredHellinger,
+    is_kl,
+)
 from cabochon.losses.rows import wide_dtype
 
 __all__ = [
@@ -269,6 +277,9 @@ def solve(task: Task) -> Found:
         DataError: a row has no finite highest logit.
     """
     rows = task.rows
+    order = _kernel_order(task) if rows.is_cuda else None
+    if order is not None:
+        return _solve_by_kernel(task, *order)
     prob = rows.new_empty(rows.shape, dtype=wide_dtype(rows.dtype))
     found = Found(
         prob, prob.new_empty(len(rows) if task.value else 0), prob.new_empty(len(rows), 1)
@@ -290,6 +301,40 @@ def solve(task: Task) -> Found:
     if kept:
         _solve_candidates(task, torch.cat(kept), found)
     return found
+
+
+def _kernel_order(task: Task) -> tuple[float, float] | None:
+    """(a, what multiplies gaps) where f is, but for a factor, an alpha divergence of the kernel."""
+    f = task.f
+    if is_kl(f):
+        order = 1.0, 1.0
+    elif isinstance(f, SquaredHellinger):
+        order = 0.5, 2.0
+    elif isinstance(f, ReverseKL | ChiSquare):
+        order = (2.0 if f.sparse else 0.0), 1.0
+    elif isinstance(f, Alpha):
+        order = f.a, 1.0
+    else:
+        return None
+    exact = order[0] == 1.0 or -1.0 <= order[0] <= 0.8 or 1.2 <= order[0] <= 2.0
+    plain = not isinstance(task.measure, Tensor) and task.rows.dtype != torch.float64
+    return order if exact and plain and find_spec("triton") is not None else None
+
+
+def _solve_by_kernel(task: Task, a: float, factor: float) -> Found:
+    from cabochon.losses.f_softargmax_kernel import alpha_softargmax
+
+    q = task.measure
+    assert isinstance(q, float | int)
+    rows = task.rows.contiguous()
+    highest = rows.amax(-1, keepdim=True).float()
+    _check_rows(highest, 0)
+    prob = alpha_softargmax(rows, a, q, factor / task.temperature)
+    level = prob.new_empty(0)
+    if task.value:
+        ratio = prob / q
+        level = _level(task.f, ratio, ratio.amax(-1, keepdim=True), q)
+    return Found(prob, level, highest)
 
 
 def _solve_block(task: Task, block: slice, gap: Tensor, found: Found) -> None:
