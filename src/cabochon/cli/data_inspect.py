@@ -1,4 +1,4 @@
-"""`cabochon data inspect PATH`: what is in a file, a packed folder or a run's data."""
+"""`cabochon data inspect PATH`: what is in a file, a packed folder, episodes or a run's data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 from rich.text import Text
 
 from cabochon.cli.configuration import mapping, parse
+from cabochon.cli.data_episodes import Chosen, inspect_episodes
 from cabochon.cli.drawing import Drawn, documents_in, draw
 from cabochon.cli.machine import tokenizer_of
 from cabochon.cli.output import answer, console, say
@@ -19,6 +20,7 @@ from cabochon.cli.rows import chats_of, documents_of, encode_conversation, is_pa
 from cabochon.core.errors import ConfigError, DataError, FolderError
 from cabochon.data.packed import Packed
 from cabochon.data.readers import read_records
+from cabochon.data.rlds.layout import is_dataset
 from cabochon.data.teacher_cache import TeacherCache, is_teacher_cache
 from cabochon.data.tokenizer import Tokenizer
 
@@ -30,16 +32,22 @@ class InspectSettings:
     """What to look at, and through which tokenizer."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
-    """A packed folder, a teacher cache, a file or folder of text or records, a run directory, or
-    `stdlib`."""
+    """A packed folder, a teacher cache, a dataset of episodes, a file or folder of text or records,
+    a run directory, or `stdlib`."""
     tokenizer: str = ""
     """A tokenizer or model folder; without one there are characters but no tokens."""
     field: str = "text"
     """The field of a record that holds its text."""
     index: int = 0
-    """Which row (packed) or document to draw, counted from 0."""
+    """Which row (packed), document or episode to draw, counted from 0."""
     tokens: int = 200
     """The most tokens to draw."""
+    split: str = "train"
+    """Of episodes: which ones, as `train`, `train[10:20]` or `train[:50%]`."""
+    filmstrip: str = ""
+    """Of episodes with pictures: write those of the episode, side by side, to this PNG file."""
+    last_step_valid: bool = False
+    """Of episodes: the last step holds a real action and reward, and no observation follows it."""
     json: bool = False
     """Answer with one JSON object on standard output and nothing else there."""
 
@@ -65,6 +73,9 @@ def main(argv: Sequence[str]) -> int:
         for name in _of_run(settings.path)["data"]:
             _show(settings, _look(name, settings, tokenizer), tokenizer, name)
         return 0
+    if settings.path != "stdlib" and is_dataset(settings.path, below=True):
+        inspect_episodes(_episodes(settings), tokenizer)
+        return 0
     if is_teacher_cache(settings.path):
         return _teacher_cache(settings, tokenizer)
     _show(settings, _look(settings.path, settings, tokenizer), tokenizer, settings.path)
@@ -88,6 +99,18 @@ def _teacher_cache(settings: InspectSettings, tokenizer: Tokenizer | None) -> in
         text = f"{value:,}" if isinstance(value, int) else f"{value}"
         screen.print(f"  {key:<15} {text}", markup=False)
     return 0
+
+
+def _episodes(settings: InspectSettings) -> Chosen:
+    return Chosen(
+        path=settings.path,
+        split=settings.split,
+        index=settings.index,
+        tokens=settings.tokens,
+        filmstrip=settings.filmstrip,
+        last_step_valid=settings.last_step_valid or None,
+        json=settings.json,
+    )
 
 
 def _of_run(path: str) -> dict[str, Any]:

@@ -74,13 +74,10 @@ class DatasetInfo:
         return replace(self, splits={**self.splits, split.name: split})
 
 
-def is_dataset(path: str | Path) -> bool:
-    """True where a dataset lies at or below `path`."""
-    try:
-        folder_of(path)
-    except FolderError:
-        return False
-    return True
+def is_dataset(path: str | Path, *, below: bool = False) -> bool:
+    """True where a dataset lies at `path`, or up to three levels below."""
+    place = Path(path)
+    return _lies_at(place) or (below and bool(_lie_below(place)))
 
 
 def folder_of(path: str | Path) -> Path:
@@ -90,20 +87,26 @@ def folder_of(path: str | Path) -> Path:
         FolderError: there is none, or there are several.
     """
     place = Path(path)
-    if (place / FEATURES).is_file() and (place / INFO).is_file():
+    if _lies_at(place):
         return place
-    found = sorted(
-        file.parent
-        for depth in ("*", "*/*", "*/*/*")
-        for file in (place.glob(f"{depth}/{FEATURES}") if place.is_dir() else ())
-        if (file.parent / INFO).is_file()
-    )
+    found = _lie_below(place)
     if len(found) > 1:
         names = ", ".join(str(each.relative_to(place)) for each in found[:5])
         raise FolderError(f"{place} holds several datasets: {names}; name one of them")
     if not found:
         raise FolderError(f"{place} is no RLDS dataset: it has no {FEATURES} with {INFO} beside it")
     return found[0]
+
+
+def _lies_at(place: Path) -> bool:
+    return (place / FEATURES).is_file() and (place / INFO).is_file()
+
+
+def _lie_below(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return []
+    files = (file for depth in ("*", "*/*", "*/*/*") for file in place.glob(f"{depth}/{FEATURES}"))
+    return sorted(file.parent for file in files if _lies_at(file.parent))
 
 
 def read_spec(folder: Path) -> Spec:

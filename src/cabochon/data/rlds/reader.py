@@ -171,11 +171,7 @@ def validate(path: str | Path, *, last_step_valid: bool | None = None) -> Iterat
     """
     folder = folder_of(path)
     for left in unfinished(folder, read_info(folder)):
-        behind = f"; behind them: {left.complaint}" if left.complaint else ""
-        yield (
-            f"{left.split}: a writer is at work or was killed; {left.episodes} whole episodes are "
-            f"outside of closed shards (EpisodeWriter with append=True keeps them){behind}"
-        )
+        yield f"{left.split}: {left.text()}"
     for name, split in read_info(folder).splits.items():
         yield from _of_split(folder, name, split, last_step_valid)
 

@@ -52,6 +52,14 @@ class Unfinished:
     complaint: str
     """What is wrong behind them; empty if nothing."""
 
+    def text(self) -> str:
+        """In a sentence."""
+        behind = f"; behind them: {self.complaint}" if self.complaint else ""
+        return (
+            f"a writer is at work or was killed; {self.episodes} whole episodes are outside of "
+            f"closed shards (EpisodeWriter with append=True keeps them){behind}"
+        )
+
 
 class EpisodeWriter:
     """Writes one split of a dataset. Close it, or use it in a `with` block.
