@@ -50,7 +50,3 @@ def test_offline_data_turns_against_the_truth_and_fresh_or_more_data_does_not() 
         turned[name] = detect(points, WATCH).turned
     assert turned["offline"] is not None
     assert set(turned.values()) == {turned["offline"], None}
-
-    # No student is nearer to the oracle than its teacher by more than chance.
-    for name in REGIMES:
-        assert change(outcome.teacher, end[name]).mean > -0.05
