@@ -20,7 +20,7 @@ from torch import Tensor
 from cabochon.core import Key
 from cabochon.losses import f_divergences
 from cabochon.losses.f_softargmax import f_softargmax
-from side_by_side import compare, report, seconds_each, worker_arguments
+from side_by_side import compare, report, run_worker, seconds_each, worker_arguments
 
 SETTINGS = ("16x262144-4", "1024x32768-4", "4096x1000-1")
 ALPHAS = (1.5, 1.25, 2.0, 3.0)
@@ -80,7 +80,9 @@ def work(side: str, setting: str) -> None:
     step, found = peer(logits, float(parameter[0])) if side == "peer" else ours(logits, f)
     seconds = min(seconds_each(step, times=3))
     softmax = min(seconds_each(lambda: logits.softmax(-1), times=3))
-    report(seconds=seconds, softmax_seconds=softmax, softmaxes=seconds / softmax, error=found)
+    report(
+        seconds=seconds, softmax_seconds=softmax, softmaxes=seconds / softmax, error_e6=1e6 * found
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -94,15 +96,17 @@ def main(arguments: list[str]) -> None:
             results[label] = result
             print(
                 f"{setting} alpha={a:g}: {result['ratio']:.1f} times as fast as entmax "
-                f"(rounds {result['ratios']}), errors {result['ours']['error']:.1e} against "
-                f"{result['peer']['error']:.1e}; {result['ours']['softmaxes']:.1f} softmaxes",
+                f"(rounds {result['ratios']}), errors {result['ours']['error_e6']:.3f}e-6 "
+                f"against {result['peer']['error_e6']:.3f}e-6; "
+                f"{result['ours']['softmaxes']:.1f} softmaxes",
                 flush=True,
             )
         others = {}
         for name, *parameter in OTHERS:
             label = "_of_".join([name, *(f"{p:g}" for p in parameter)])
-            result = compare(__file__, f"{setting}:{label}", rounds=1, sides=("ours", "ours"))
-            others[label] = result["ours"]["softmaxes"]
+            others[label] = round(
+                run_worker(__file__, "ours", f"{setting}:{label}")["softmaxes"], 2
+            )
             print(f"{setting} {label}: {others[label]:.1f} softmaxes", flush=True)
         results[setting] = others
     first = next(iter(results.values()))

@@ -195,7 +195,7 @@ class ReverseKL:
         return gap
 
     def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
-        return u / (1.0 + u * warped)
+        return (u * warped).add_(1.0).reciprocal_().mul_(u)
 
     def response(self, u: Tensor) -> Tensor:
         return u * u
@@ -280,10 +280,11 @@ class JensenShannon:
         return _expm1_over(gap / self.scale, 1.0 - self.beta)
 
     def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
-        return u / (1.0 + (1.0 + self.beta * (u - 1.0)) * warped)
+        mixture = 1.0 + self.beta * (u - 1.0)
+        return (mixture * warped).add_(1.0).reciprocal_().mul_(u)
 
     def response(self, u: Tensor) -> Tensor:
-        return u * (1.0 + self.beta * (u - 1.0)) / self.scale
+        return (u * self.beta).add_(1.0 - self.beta).mul_(u).div_(self.scale)
 
     def response_slope(self, u: Tensor) -> Tensor:
         return (1.0 + self.beta * (2.0 * u - 1.0)) / self.scale
@@ -327,7 +328,7 @@ class SquaredHellinger:
         return gap
 
     def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
-        return u / (1.0 + u.sqrt() * warped).square()
+        return (u.sqrt() * warped).add_(1.0).square_().reciprocal_().mul_(u)
 
     def response(self, u: Tensor) -> Tensor:
         return 2.0 * u * u.sqrt()
@@ -370,7 +371,7 @@ class ChiSquare:
         return gap
 
     def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
-        return (u - warped).clamp(min=0.0)
+        return (u - warped).clamp_(min=0.0)
 
     def response(self, u: Tensor) -> Tensor:
         return torch.ones_like(u)
@@ -437,7 +438,8 @@ class Alpha:
         e = self.a - 1.0
         if abs(e) < _NEARLY_KL:
             return u * _log1p_over(-warped * _power(u, -e), e).exp()
-        return u * _power((1.0 - warped * (e * _power(u, -e))).clamp(min=0.0), 1.0 / e)
+        base = (warped * (-e * _power(u, -e))).add_(1.0).clamp_(min=0.0)
+        return _power(base, 1.0 / e).mul_(u)
 
     def response(self, u: Tensor) -> Tensor:
         return _power(u, 2.0 - self.a)

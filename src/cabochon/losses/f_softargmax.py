@@ -458,7 +458,7 @@ def ratios(f: FDivergence, gap: Tensor, measure: Measure) -> tuple[Tensor, Tenso
         # d log total / d log u, from d u_j / d u = f''(u) / f''(u_j)
         weight = f.response(found) if unit else f.response(found) * measure
         if f.sparse:
-            weight = weight.masked_fill(found == 0.0, 0.0)
+            weight = weight.masked_fill_(found == 0.0, 0.0)
         rate = weight.sum(-1, keepdim=True) * top / (f.response(top) * total)
         step = -total.log() / rate
         next_top = top * step.exp()
