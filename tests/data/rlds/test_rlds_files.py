@@ -308,3 +308,10 @@ def test_tensorflow_datasets_reads_what_is_written_here(dataset: Path) -> None:
             found = np.stack([step["observation"][name] for step in steps])
             assert found.tobytes() == wanted.steps["observation"][name].tobytes()
         assert [step["text"].decode() for step in steps] == wanted.steps["text"].tolist()
+
+
+def test_the_example_of_the_page_on_episodes_runs() -> None:
+    needs("tfrecord")
+    page = Path(__file__).resolve().parents[3] / "docs" / "rlds.md"
+    source = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(compile(source, "docs/rlds.md", "exec"), {})
