@@ -366,6 +366,34 @@ def test_what_only_one_excludes_is_the_limit_infinite_or_not() -> None:
     assert by_logits.flatten()[0] == 0
 
 
+def test_a_weight_of_zero_leaves_out_what_is_infinite() -> None:
+    student, batch = of_logits([0.0, 1.0, -math.inf], [0.0, 1.0, 2.0])
+    teacher, _ = of_logits([0.0, 0.0, 0.0], [0.0, 0.0, 1.0])
+    logits = student.all_logits.clone().requires_grad_()
+    weights = torch.tensor([[0.0, 3.0]])
+    loss = divergence(Dense(logits), teacher, batch, KL(), weights=weights)
+    values = divergence_values(student, teacher, batch, KL())
+    assert values[0] == math.inf
+    assert loss.total.item() == pytest.approx(3.0 * values[1].item())
+    assert loss.weight == 3.0
+    (by_logits,) = gradients(loss.total, logits)
+    assert (by_logits[0, 0] == 0).all()
+    assert by_logits.isfinite().all()
+
+
+def test_parameters_too_small_for_float32_give_the_limit() -> None:
+    student, batch = of_logits(*torch.randn(4, V))
+    teacher, _ = of_logits(*torch.randn(4, V))
+    for tiny, limit in (
+        (JensenShannon(1e-300), KL()),
+        (f_divergences.Alpha(1e-300), ReverseKL()),
+        (f_divergences.Alpha(-1e-300), ReverseKL()),
+    ):
+        found = divergence_values(student, teacher, batch, tiny)
+        torch.testing.assert_close(found, divergence_values(student, teacher, batch, limit))
+    assert divergence(student, teacher, batch, JensenShannon(1e-300, "paper")).total == 0.0
+
+
 @any_divergence
 def test_extreme_logits_give_no_nan(f: FDivergence) -> None:
     for cap, size in ((None, 300.0), (30.0, 1e4)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -249,8 +250,11 @@ def test_a_batch_without_targets_gives_zero_and_zero_gradients(kind: str) -> Non
         assert (prediction.hidden.grad == 0).all()
         assert (prediction.head.grad == 0).all()
     else:
-        dense = Dense(torch.randn(B, T, V))
+        dense = Dense(torch.randn(B, T, V, requires_grad=True))
         losses = [cross_entropy(dense, batch), distillation(dense, dense, batch)]
+        for loss in losses:
+            (by_logits,) = gradients(loss.total, dense.all_logits)
+            assert (by_logits == 0).all()
     for loss in losses:
         assert loss.total == 0
         assert loss.weight == 0
@@ -313,6 +317,44 @@ def test_extreme_logits_stay_finite() -> None:
         loss = cross_entropy(prediction, batch)
         assert loss.total.isfinite()
         assert all(g.isfinite().all() for g in gradients(loss.total, prediction.head))
+
+
+@pytest.mark.parametrize("size", [1e9, 1e20, 1e30])
+def test_logits_whose_rounding_is_large_are_no_less_a_distribution(size: float) -> None:
+    logits = (size * torch.tensor([[1.0, 0.9], [0.3, 0.7]]).expand(1, 2, 2)).requires_grad_()
+    batch = TokenBatch.of([[0, 0, 0]])
+    batch = replace(batch, **{k: v[:, :2] for k, v in vars(batch).items()})
+    loss = cross_entropy(Dense(logits), batch)
+    assert loss.total.item() == pytest.approx(0.4 * size)
+    (by_logits,) = gradients(loss.total, logits)
+    assert by_logits.flatten().tolist() == [0.0, 0.0, -1.0, 1.0]
+
+
+def test_a_token_that_is_excluded_has_no_part_in_distillation() -> None:
+    batch = batch_of(torch.ones(B, T, dtype=torch.bool))
+    batch = replace(batch, targets=batch.targets % (V - 1))
+    student, teacher = torch.randn(2, B, T, V - 1)
+    gap = torch.full((B, T, 1), -math.inf)
+    logits = torch.cat([student, gap], -1).requires_grad_()
+    both = distillation(Dense(logits), Dense(torch.cat([teacher, gap], -1)), batch)
+    without = distillation(Dense(student), Dense(teacher), batch)
+    torch.testing.assert_close(both.total, without.total)
+    torch.testing.assert_close(both.report, without.report)
+    (by_logits,) = gradients(both.total, logits)
+    assert by_logits.isfinite().all()
+    assert (by_logits[..., -1] == 0).all()
+
+    full = torch.cat([student, torch.zeros(B, T, 1)], -1)
+    only_teacher = distillation(Dense(full), Dense(torch.cat([teacher, gap], -1)), batch)
+    assert only_teacher.report["kl"].isfinite()
+    assert only_teacher.report["kl"] > without.report["kl"]
+    only_student = distillation(Dense(logits), Dense(full), batch)
+    assert only_student.total == math.inf
+    assert only_student.report["kl"] == math.inf
+    nothing = teacher.clone()
+    nothing[1, 2] = -math.inf
+    with pytest.raises(DataError, match=r"exclude every token, at position 2 of row 1$"):
+        distillation(Dense(student), Dense(nothing), batch)
 
 
 def test_a_retained_graph_gives_the_same_gradients_again() -> None:

@@ -132,9 +132,7 @@ class DivergenceScore:
         if outcome is None or not bool(outcome[0].isfinite().all()):
             if outcome is not None:
                 inner, teacher, student = self._open(raw, teacher_raw)
-            wrong = ~teacher.total.squeeze(1).isfinite()
-            what = "the teacher's logits are NaN, or exclude every token,"
-            self.counted.refuse(wrong, what, first)
+            self.counted.refuse_silent_teacher(teacher.total, first)
             outcome = _pointwise(self.f, teacher, student)
         value, by_logit, factor = outcome
         if gradient:

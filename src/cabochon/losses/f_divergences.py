@@ -47,6 +47,9 @@ __all__ = [
 _NEARLY_KL = 0.2
 """Exponents 1 / (a - 1) of alpha divergences nearer to KL than this are taken by logarithms: a
 rounding error of the base would grow by the exponent."""
+_LEAST_PARAMETER = torch.finfo(torch.float32).tiny
+"""A parameter nearer to 0 than this has no float32 to be divided by, and its divergence none that
+differs from the limit."""
 
 
 class FDivergence(Protocol):
@@ -295,8 +298,9 @@ class JensenShannon:
         return self.scale * _log1p_over(u / (1.0 - self.beta), self.beta)
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        if self.beta in (0.0, 1.0):
-            return _alpha_pointwise(1.0 - self.beta, log_p, log_q)
+        if self.beta < _LEAST_PARAMETER or self.beta == 1.0:
+            limit = _alpha_pointwise(1.0 - round(self.beta), log_p, log_q)
+            return limit[0] * self.scale, limit[1] * self.scale
         value, by_log_q = _jensen_shannon_pointwise(self.beta, log_p, log_q)
         return value * self.scale, by_log_q * self.scale
 
@@ -671,6 +675,7 @@ def _alpha_pointwise(a: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Te
     (p E(a - 1) - (p - q)) / a, or equally ((p - q) - q E(a)) / (1 - a): each is free of
     cancellation at one of the two limits. The derivative is -q E(a).
     """
+    a = a if abs(a) >= _LEAST_PARAMETER else 0.0
     d = _log_ratio(log_p, log_q)
     difference = _difference(log_p, log_q, d)
 

@@ -6,6 +6,7 @@ Only positions that count are unembedded. `cabochon.losses.rows` says how.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from cabochon.core import (
 )
 from cabochon.core.errors import ConfigError
 from cabochon.losses.divergences import DivergenceScore, TeacherRows, is_forward_kl
-from cabochon.losses.f_divergences import FDivergence
+from cabochon.losses.f_divergences import KL, FDivergence
 from cabochon.losses.groups import group_divergence, group_values
 from cabochon.losses.rows import Counted, RowScore, RowSoftmax, blocks, row_sums, row_terms
 from cabochon.losses.targets import SampledScore, TopKScore
@@ -129,8 +130,9 @@ def divergence(
             - of another vocabulary, groups of tokens: see `losses.groups`.
         batch: gives the mask (and the targets of the report), B T.
         f: any object of `cabochon.losses.f_divergences`, or with its `pointwise`.
-        weights: B T, what multiplies each counted position's terms; 1 where absent. With
-            1 / (tokens of its sequence) the mean is one of sequences instead of tokens.
+        weights: B T, what multiplies each counted position's terms; 1 where absent. A weight of 0
+            leaves the position out. With 1 / (tokens of its sequence) the mean is one of sequences
+            instead of tokens.
         chunk: rows whose logits exist at once, as in `cross_entropy`.
 
     Returns:
@@ -174,6 +176,9 @@ def divergence_values(
 def _counted(
     student: Prediction, target: object, batch: TokenBatch, weights: Tensor | None = None
 ) -> Counted:
+    if weights is not None and weights.shape == batch.mask.shape:
+        # Left out rather than multiplied: 0 times a divergence of inf would be NaN.
+        batch = replace(batch, mask=batch.mask & (weights != 0.0).to(batch.mask.device))
     counted = Counted.of(batch, weights)
     counted.refuse_other_positions(student, "student")
     counted.refuse_other_positions(target, "teacher")
@@ -262,7 +267,20 @@ class _TeacherScore:
             terms[block, :1] = log_total - cross * math.log(2.0)
             terms[block, 1:2] = divergence.clamp(min=0)  # rounding may leave -1e-7 of a zero
             terms[block, 2:] = log_total - at_target * math.log(2.0)
+            if not bool(terms[block, :2].isfinite().all()):
+                self.counted.refuse_silent_teacher(teacher_total, span.start + block.start)
+                terms[block, :2] = self._with_excluded(chosen, teacher_raw[block])
             if gradient:
                 power.div_(total).sub_(prob).mul_(softmax.slope)
                 softmax.close(power, inner, chosen)
         return terms
+
+    def _with_excluded(self, raw: Tensor, teacher_raw: Tensor) -> Tensor:
+        """n 2: cross-entropy and KL of a block with logits of -inf, which are no part of either."""
+        _, exponent = self.teacher.softmax.open(teacher_raw)
+        log_p = (exponent * math.log(2.0)).log_softmax(-1)
+        _, exponent = self.softmax.open(raw)
+        log_q = (exponent * math.log(2.0)).log_softmax(-1)
+        cross = (log_p.exp() * log_q).masked_fill(log_p == -math.inf, 0.0)
+        kl, _ = KL().pointwise(log_p, log_q)
+        return torch.stack([-cross.sum(-1), kl.sum(-1)], -1).double()

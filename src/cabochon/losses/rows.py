@@ -52,6 +52,9 @@ _LARGEST_LOGISTIC_CAP = 100.0
 """Above it a soft-cap through the logistic function would err by more than about 1e-5."""
 _TAME_OCTAVES = 100.0
 """Sums of 2 ** exponent over any vocabulary stay inside float32 for exponents of this size."""
+_FAR_OCTAVES = 2.0**24
+"""A product of this size is rounded by whole octaves, which the exponent of the highest logit would
+then be off from 0."""
 
 
 class RowScore(Protocol):
@@ -147,6 +150,19 @@ class Counted:
             others = ", and at others after it" if int(wrong.sum()) > 1 else ""
             raise DataError(f"{what} at position {position} of row {row}{others}")
 
+    def refuse_silent_teacher(self, total: Tensor, start: int) -> None:
+        """Refuses a teacher's distribution that is none.
+
+        Args:
+            total: n 1, the sum of its unnormalised probabilities.
+            start: the counted position of the first of them.
+
+        Raises:
+            DataError: one is NaN or infinite.
+        """
+        what = "the teacher's logits are NaN, or exclude every token,"
+        self.refuse(~total.squeeze(1).isfinite(), what, start)
+
 
 class RowSoftmax:
     """The soft-capped, tempered softmax of blocks of rows, in buffers used again and again."""
@@ -197,7 +213,10 @@ class RowSoftmax:
         if self._tame:
             base = torch.full((), -self._middle * self._octaves, dtype=dtype, device=raw.device)
         else:
-            base = inner.amax(-1, keepdim=True).mul_(-self._octaves)
+            highest = inner.amax(-1, keepdim=True)
+            if bool((highest.abs() * abs(self._octaves) > _FAR_OCTAVES).any()):
+                return inner, torch.sub(inner, highest, out=exponent).mul_(self._octaves)
+            base = highest.mul_(-self._octaves)
         return inner, torch.add(base, inner, alpha=self._octaves, out=exponent)
 
     def powers(self, exponent: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,6 +394,8 @@ def row_sums(prediction: Prediction, rows: Tensor, score: RowScore, chunk: int |
 
     step = _chunk_rows(chunk, _CHUNK_ELEMENTS["cpu"] // 512, rows.device)
     sums = torch.zeros(score.size, device=rows.device)
+    if len(rows) == 0:  # no loss, but a gradient of 0 for whatever asks for it
+        return sums + prediction.logits(rows).sum() * 0.0
     for start in range(0, len(rows), step):
         stop = min(start + step, len(rows))
         sums = sums + checkpoint(scored, start, stop, use_reentrant=False, preserve_rng_state=False)
