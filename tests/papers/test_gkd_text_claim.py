@@ -6,9 +6,10 @@ distributions on the data (supervised KD), learning them on what it writes itsel
 are judged on prompts from modules that neither has read: by the divergence from the teacher along
 their own samples, and by whether prompt and completion together are Python.
 
-Run as a program with a number of seeds, this file prints the figures of docs/papers/gkd.md:
+Run as a program with a number of seeds and a size, this file prints the figures of
+docs/papers/gkd.md:
 
-    python tests/papers/test_gkd_text_claim.py 5
+    python tests/papers/test_gkd_text_claim.py 5 '{"teach": 600, "tune": 150, "learn": 150}'
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,8 @@ class Size:
     teach: int = 1500
     tune: int = 300
     learn: int = 300
+    few: int | None = None
+    """Statements that are learned from after tuning; all when absent."""
     judged: int = 512
     """Held-out prompts."""
     divergence: str = "reverse_kl"
@@ -197,12 +200,15 @@ def one_seed(read: Texts, teacher: Gemma, size: Size, seed: int) -> dict[str, Fo
     start = gemma(read.tokenizer, 48, 2, key.fold("student"))
     learned(start, read, key.fold("tuning"), 6e-3, preset="sft", steps=size.tune)
     found = {"start": judged(start, teacher, read)}
+    given = read.train.prompts
+    chosen = given[:: max(1, len(given) // size.few)][: size.few] if size.few else given
+    asked = replace(read, train=PromptRows(chosen))
     for name in ("sft", "supervised_kd", "on_policy"):
         model = copy.deepcopy(start)
         guide = None if name == "sft" else teacher
         more = {} if name == "sft" else {"divergence": size.divergence}
         learned(
-            model, read, key.fold("learning"), 3e-3, guide, preset=name, steps=size.learn, **more
+            model, asked, key.fold("learning"), 3e-3, guide, preset=name, steps=size.learn, **more
         )
         found[name] = judged(model, teacher, read)
     return found
@@ -248,12 +254,12 @@ def main(seeds: int, size: Size) -> None:
 
 
 @pytest.mark.claim
-def test_own_samples_bring_a_student_nearer_to_its_teacher_than_the_data() -> None:
+def test_own_samples_bring_a_student_nearer_to_its_teacher_than_tuning_on() -> None:
+    """Of supervised KD the same does not hold here: see docs/papers/gkd.md."""
     size = Size(documents=60, teach=250, tune=80, learn=80, judged=128)
     read = texts(size)
     found = one_seed(read, taught(read, size), size, 0)
-    assert found["on_policy"].reverse_kl < found["supervised_kd"].reverse_kl
-    assert found["on_policy"].reverse_kl < found["sft"].reverse_kl
+    assert found["on_policy"].reverse_kl < found["sft"].reverse_kl - 0.05
 
 
 if __name__ == "__main__":
