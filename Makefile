@@ -9,6 +9,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 MINUTES ?=
@@ -38,10 +39,10 @@ demo: $(VENV)/.run
 	$(BIN)/cabochon demo --out $(DEMO) $(if $(MINUTES),--minutes $(MINUTES))
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not claim" tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not claim" tests
 
 claims: $(VENV)/.dev
-	$(BIN)/python -m pytest -m claim tests
+	$(BIN)/python -m pytest -n $(JOBS) -m claim tests
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
