@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cabochon.data.rlds.records import Episode, Ragged, episode_of, flat
+from cabochon.data.rlds.records import Episode, Ragged, episode_of, flat, nested
 
 
 def varied_episode(length: int, seed: int = 0, *, terminated: bool = True) -> Episode:
@@ -40,6 +41,12 @@ def varied_episode(length: int, seed: int = 0, *, terminated: bool = True) -> Ep
             "raw": b"\xff\x00",
         },
     )
+
+
+def without(episode: Episode, *names: str) -> Episode:
+    """The episode less some columns."""
+    leaves = {name: v for name, v in flat(episode.steps).items() if name not in names}
+    return replace(episode, steps=nested(leaves))
 
 
 def assert_same(found: Episode, wanted: Episode) -> None:

@@ -6,18 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_episodes import assert_same, varied_episode
+from small_episodes import assert_same, varied_episode, without
 
 from cabochon.core.errors import DataError
 from cabochon.data.rlds.exchange import from_hf, from_minari, minari_fields, to_hf, to_minari
-from cabochon.data.rlds.records import Episode, Ragged, episode_of, flat, nested
+from cabochon.data.rlds.records import Ragged, episode_of
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra hf)")
-
-
-def without(episode: Episode, *names: str) -> Episode:
-    leaves = {k: v for k, v in flat(episode.steps).items() if k not in names}
-    return replace(episode, steps=nested(leaves))
 
 
 EPISODES = [without(varied_episode(n, n), "observation/none") for n in (3, 1, 5)]
