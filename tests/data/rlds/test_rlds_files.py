@@ -5,13 +5,16 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_episodes import assert_same, needs, varied_episode, without
 
 from cabochon.core.errors import ConfigError, DataError, FolderError
+from cabochon.data.rlds.datasets import WindowDataset
 from cabochon.data.rlds.frames import framed
 from cabochon.data.rlds.reader import Episodes, validate
 from cabochon.data.rlds.records import Episode, episode_of
@@ -237,6 +240,20 @@ def test_a_reader_travels_to_another_process(dataset: Path) -> None:
     episodes = Episodes(dataset)
     assert_same(episodes[3], EPISODES[3])
     assert_same(copy.deepcopy(episodes)[3], EPISODES[3])
+
+
+def test_forked_workers_read_beside_a_parent_that_has_read(dataset: Path) -> None:
+    episodes = Episodes(dataset)
+    assert_same(episodes[0], EPISODES[0])
+    windows = WindowDataset(episodes, 2)
+    alone = [windows[i]["action"].tolist() for i in range(len(windows))]
+    loader = torch.utils.data.DataLoader(
+        windows, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside other tests' threads
+        found = [item["action"].tolist() for item in loader]
+    assert found == alone
 
 
 def test_the_specification_survives_its_file(dataset: Path) -> None:

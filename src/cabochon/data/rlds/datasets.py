@@ -59,6 +59,9 @@ class EpisodeDataset(Dataset[dict[str, Any]]):
 class WindowDataset(Dataset[dict[str, Any]]):
     """One item is one whole window of steps; windows never cross episodes.
 
+    The whole episode is decoded for each window asked for: for long ones with pictures, go through
+    `windows` episode by episode.
+
     Args:
         episodes: where they come from. Their lengths are asked for once.
         size: steps of a window.

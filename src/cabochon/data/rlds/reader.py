@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,8 @@ class Episodes(Sequence[Episode]):
         self.last_step_valid = bool(said if last_step_valid is None else last_step_valid)
         self._chosen = _chosen(self.info, split, self.folder)
         self._shards: dict[tuple[str, int], RecordFile] = {}
+        self._owner = os.getpid()
+        self._inherited: list[object] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,7 +101,7 @@ class Episodes(Sequence[Episode]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay behind: another process opens its own."""
-        return {**self.__dict__, "_shards": {}}
+        return {**self.__dict__, "_shards": {}, "_inherited": []}
 
     def episode_lengths(self) -> NDArray[np.int64]:
         """Steps of every episode; their records are read, their columns not decoded."""
@@ -145,6 +148,11 @@ class Episodes(Sequence[Episode]):
         return [found[place] for place in range(len(rows))]
 
     def _shard(self, name: str, index: int) -> RecordFile:
+        if self._owner != os.getpid():
+            # A forked worker shares its parent's place in a file, and has none of its threads: it
+            # neither uses nor closes what the parent opened.
+            self._inherited.append(self._shards)
+            self._shards, self._owner = {}, os.getpid()
         if (name, index) not in self._shards:
             split = self.info.splits[name]
             path = shard_path(self.folder, self.info, split, index)
