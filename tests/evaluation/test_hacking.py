@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from cabochon.cli.proxy import MONITOR
 from cabochon.core import Key, Step
 from cabochon.core.errors import ConfigError, DataError
 from cabochon.evaluation.distances import Distance
@@ -40,6 +41,45 @@ def test_two_percent_of_noise_does_not_flag_it(seed: int):
     curve = noisy([(step, law(step)) for step in STEPS], 0.02, seed)
     assert detect(curve, Detector(fitted=10)).turned is None
     assert detect(curve, Detector(fitted=10, sigmas=5.0)).broken is None
+
+
+EVEN = list(range(10, 410, 10))
+
+
+def alarms(value: Callable[[int], float], noise: float, detector: Detector) -> tuple[int, int]:
+    """How many of 100 noisy curves at even steps leave their law, and how many turn."""
+    found = [
+        detect(noisy([(step, value(step)) for step in EVEN], noise, seed), detector)
+        for seed in range(100)
+    ]
+    return sum(f.left is not None for f in found), sum(f.turned is not None for f in found)
+
+
+@pytest.mark.parametrize(
+    ("noise", "detector", "left", "turned"),
+    [(0.02, Detector(), 6, 4), (0.005, MONITOR, 0, 0), (0.02, MONITOR, 6, 0)],
+)
+def test_a_noisy_law_at_even_steps_is_seldom_flagged(
+    noise: float, detector: Detector, left: int, turned: int
+):
+    found = alarms(law, noise, detector)
+    assert found[0] <= left
+    assert found[1] <= turned
+
+
+@pytest.mark.parametrize(("noise", "most"), [(0.005, 2), (0.02, 20)])
+def test_what_wanders_about_a_level_is_seldom_said_to_rise(noise: float, most: int):
+    assert alarms(lambda _step: 1.0, noise, MONITOR)[1] <= most
+
+
+def test_a_rise_at_even_steps_is_seen():
+    def turning(step: int) -> float:
+        return law(step) + 0.003 * max(0, step - 200)
+
+    for noise in (0.005, 0.02):
+        left, turned = alarms(turning, noise, MONITOR)
+        assert left == 100
+        assert turned >= 95
 
 
 @pytest.mark.parametrize("seed", range(5))

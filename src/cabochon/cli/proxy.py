@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,11 @@ from cabochon.evaluation.hacking import Detector, Point, watched
 from cabochon.generation.engine import Settings, generate
 from cabochon.training.metrics import read_metrics
 
-__all__ = ["ProxySettings", "check_proxy", "watching"]
+__all__ = ["MONITOR", "ProxySettings", "check_proxy", "watching"]
+
+MONITOR = Detector(window=8, sureness=4.0)
+"""A run has many points at even steps, most of them where the curve is nearly flat, and each is
+another chance to warn for nothing; docs/papers/teacher_hacking.md says how often it does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +127,7 @@ def watching(
             every=settings.proxy_every,
             warn=lambda reason: say(f"warning: {reason}; see docs/papers/teacher_hacking.md"),
             seen=_measured(run, start),
-            detector=Detector(warmup=warmup),
+            detector=replace(MONITOR, warmup=warmup),
         )
 
     return watch

@@ -6,8 +6,8 @@ rises while the proxy does not is teacher hacking; where both rise it is plain o
 
 Without an oracle the proxy alone must do. In healthy distillation it follows a power of the number
 of updates, log proxy = a - b log step. `detect` fits that law to the early points and says where
-the curve leaves it: where it lies above the line by more than the early points spread around it,
-or where it turns and rises. Both rules only look backwards, so `detect` can watch a run.
+the curve leaves it: where it lies above the line by more than the early points let expect, or where
+it turns and rises. Both rules only look backwards, so `detect` can watch a run.
 
 Source: Tiapkin et al. 2025, arXiv:2502.02671, sections 4 and 5.
 Differs: the paper gives no rule for the detector; thresholds are ours. A curve may leave the law
@@ -44,13 +44,15 @@ class Detector:
     fitted: int = 6
     """How many of the points after it the law is fitted to."""
     sigmas: float = 3.0
-    """How far above the law a point may lie, in standard deviations of the fitted points."""
+    """How far above the law a point may lie, in standard errors of what the fitted points foretell:
+    their standard deviation, larger the farther the line is drawn out."""
     least_spread: float = 0.02
     """The standard deviation is never taken for less: a fiftieth, in log proxy."""
     window: int = 5
     """How many points a local slope is taken from."""
     sureness: float = 2.0
-    """How many of its standard errors a local slope must be above 0 to count as risen."""
+    """How many of its standard errors a local slope must be above 0 to count as risen; over the
+    window it must also rise by more than the standard deviation of the fitted points."""
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.fitted < 3 or self.window < 4:
@@ -156,7 +158,11 @@ def detect(points: Sequence[Point], detector: Detector | None = None) -> Finding
     slope, intercept = np.polyfit(x[early], y[early], 1)
     residuals = y - (intercept + slope * x)
     spread = math.sqrt(float((residuals[early] ** 2).sum()) / (detector.fitted - 2))
-    above = residuals > detector.sigmas * max(spread, detector.least_spread)
+    least = max(spread, detector.least_spread)
+    # The line is uncertain too, the more the farther it is drawn out (prediction interval).
+    off = x - x[early].mean()
+    drawn_out = 1.0 + 1.0 / detector.fitted + off**2 / float((off[early] ** 2).sum())
+    above = residuals > detector.sigmas * least * np.sqrt(drawn_out)
     above[early] = False
     law = Law(
         intercept=float(intercept),
@@ -166,7 +172,7 @@ def detect(points: Sequence[Point], detector: Detector | None = None) -> Finding
         last=int(steps[detector.fitted - 1]),
     )
     return Finding(
-        law=law, left=_first(steps, above), turned=_first(steps, _rising(x, y, detector))
+        law=law, left=_first(steps, above), turned=_first(steps, _rising(x, y, detector, least))
     )
 
 
@@ -249,14 +255,15 @@ def _arrays(points: Sequence[Point]) -> tuple[NDArray[np.float64], NDArray[np.fl
 
 
 def _rising(
-    x: NDArray[np.float64], y: NDArray[np.float64], detector: Detector
+    x: NDArray[np.float64], y: NDArray[np.float64], detector: Detector, least: float
 ) -> NDArray[np.bool_]:
-    """Whether the slope over the window that ends at each point is surely above 0."""
+    """Whether the window that ends at each point surely rises, and by more than `least`."""
     found = np.zeros(len(x), dtype=bool)
     for end in range(detector.window, len(x) + 1):
         part = slice(end - detector.window, end)
         (slope, _), covariance = np.polyfit(x[part], y[part], 1, cov=True)
-        found[end - 1] = slope > detector.sureness * math.sqrt(max(0.0, covariance[0, 0]))
+        sure = slope > detector.sureness * math.sqrt(max(0.0, covariance[0, 0]))
+        found[end - 1] = sure and slope * (x[end - 1] - x[end - detector.window]) > least
     return found
 
 
