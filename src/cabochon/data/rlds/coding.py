@@ -314,5 +314,5 @@ def _pillow() -> Any:
     try:
         import PIL.Image
     except ImportError as error:
-        raise MissingExtra("pillow", "rlds", "pictures in episodes") from error
+        raise MissingExtra("pillow", "rlds", "reading or writing pictures") from error
     return PIL.Image

@@ -231,5 +231,5 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtra("datasets", "hf", "a Hugging Face dataset of episodes") from error
+        raise MissingExtra("datasets", "hf", "making a Hugging Face dataset") from error
     return datasets

@@ -109,6 +109,6 @@ def _masked(data: bytes) -> int:
     try:
         from google_crc32c import value
     except ImportError as error:
-        raise MissingExtra("google-crc32c", "rlds", "episodes on the disk") from error
+        raise MissingExtra("google-crc32c", "rlds", "keeping episodes on the disk") from error
     check: int = value(data)
     return ((check >> 15 | check << 17) + 0xA282EAD8) & 0xFFFFFFFF

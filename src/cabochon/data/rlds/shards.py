@@ -111,5 +111,5 @@ def _library() -> Any:
     try:
         from array_record.python import array_record_module
     except ImportError as error:
-        raise MissingExtra("array-record", "rlds", "files of format array_record") from error
+        raise MissingExtra("array-record", "rlds", "reading or writing array_record") from error
     return array_record_module
