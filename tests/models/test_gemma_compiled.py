@@ -14,7 +14,6 @@ from cabochon.generation.engine import Settings, generate
 from cabochon.models.gemma import Gemma, GemmaConfig, preset
 from cabochon.models.gemma.step import int8
 
-
 CLOSE = 1e-4
 """Float32 log-probabilities of logits of standard deviation about 1."""
 
