@@ -388,6 +388,20 @@ def test_future_credit_is_exact_for_the_sum_of_any_divergence_at_any_temperature
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_text_that_the_student_did_not_draw_gets_no_future_credit() -> None:
+    student, teacher = Table(0), Table(1)
+    found = {}
+    for own in (True, False):
+        for credit in ("none", "future"):
+            drawn = Sequences.of(every_sequence())
+            drawn = replace(drawn, own=torch.full_like(drawn.own, own))
+            config = gkd.Config(divergence="reverse_kl", credit=credit)
+            total = gkd.objective(config, teacher)(student, drawn).total
+            found[own, credit] = gradient(student, total)
+    torch.testing.assert_close(found[False, "future"], found[False, "none"])
+    assert (found[True, "future"] - found[True, "none"]).abs().max() > 0.05
+
+
 def test_alpha_0_is_reinforce_alpha_1_distillation_and_between_their_mixture() -> None:
     student, teacher = Table(0), Table(1)
     settings = {"samples": 2, "divergence": "reverse_kl"}
