@@ -346,6 +346,19 @@ def test_an_interrupted_cache_goes_on_bit_for_bit(tmp_path: Path, form: Form) ->
     assert len(content(broken)) > 5
 
 
+def test_what_came_before_an_interruption_is_not_stored_again(tmp_path: Path) -> None:
+    rows, folder = packed(), tmp_path / "cache"
+    how: dict[str, Any] = {"batch_size": 2, "shard_bytes": 1}
+    parts = [rows, rows]
+    straight = write_cache(tmp_path / "straight", identity(rows), teacher(), parts, **how)
+    with pytest.raises(Interrupted):
+        write_cache(folder, identity(rows), after(2), parts, **how)
+    assert write_cache(folder, identity(rows), teacher(), parts, **how) == straight
+    assert content(folder) == content(tmp_path / "straight")
+    alone = write_cache(tmp_path / "alone", identity(rows), teacher(), [rows], **how)
+    assert straight.documents == alone.documents
+
+
 def test_a_finished_cache_is_left_as_it_is(tmp_path: Path) -> None:
     rows = packed()
     cache = cached(tmp_path / "cache", rows)
