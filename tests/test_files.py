@@ -85,6 +85,21 @@ def test_the_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     assert (tmp_path / "page").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_what_a_library_wrote_for_its_owner_alone_is_for_those_whom_the_umask_lets(
+    tmp_path: Path,
+) -> None:
+    usual = tmp_path / "usual"
+    usual.touch()
+    with whole(tmp_path / "folder") as folder:
+        folder.mkdir()
+        for name in ("weights", "program"):
+            (folder / name).touch()
+        (folder / "weights").chmod(0o600)
+        (folder / "program").chmod(0o700)
+    assert (tmp_path / "folder" / "weights").stat().st_mode == usual.stat().st_mode
+    assert (tmp_path / "folder" / "program").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_text_is_written_with_its_own_line_ends(tmp_path: Path) -> None:
     write_whole(tmp_path / "page", "é\r\n\n")
     assert (tmp_path / "page").read_bytes() == "é\r\n\n".encode()

@@ -18,6 +18,8 @@ from tempfile import mkdtemp
 
 __all__ = ["flush", "flush_tree", "hashes_below", "sha256_of", "whole", "write_whole"]
 
+_PRIVATE = 0o600
+
 
 @contextmanager
 def whole(place: Path) -> Iterator[Path]:
@@ -25,8 +27,9 @@ def whole(place: Path) -> Iterator[Path]:
 
     It has the name of `place` and lies in a folder of its own beside it, so that two processes that
     write the same place do not meet: the last one to end is there in full. When the block has ended
-    well and this returns, the bytes and the name are on the disk. When it has not, `place` is as it
-    was. What a killed process left behind is removed by the next that writes the same place.
+    well and this returns, the bytes and the name are on the disk, for those to read whom the umask
+    lets. When it has not, `place` is as it was. What a killed process left behind is removed by
+    the next that writes the same place.
 
     Args:
         place: a file, replaced if it exists, or a folder, which must then be absent or empty.
@@ -46,6 +49,7 @@ def whole(place: Path) -> Iterator[Path]:
             stack.callback(shutil.rmtree, room, ignore_errors=True)
         path = room / place.name
         yield path
+        _share(path, room)
         flush_tree(path)
         path.replace(place)
     flush(place.parent)
@@ -83,6 +87,16 @@ def hashes_below(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below `folder`, by name relative to it, in the order of names."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def _share(path: Path, room: Path) -> None:
+    """Let those read it whom the umask lets: some libraries write files for their owner alone."""
+    probe = room / "probe"
+    os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
+    usual = probe.stat().st_mode & 0o666
+    for file in (path, *path.rglob("*")):
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == _PRIVATE:
+            file.chmod(usual)
 
 
 @contextmanager
