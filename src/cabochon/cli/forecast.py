@@ -211,7 +211,7 @@ def resident_bytes() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        from cabochon.cli.train import peak_memory
+        from cabochon.training.process_memory import peak_memory
 
         return peak_memory()
     import resource

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import signal
 import sys
 import time
@@ -26,10 +25,11 @@ from cabochon.cli.tracking import refuse_missing, trackers
 from cabochon.core.errors import ConfigError, FolderError
 from cabochon.training import parallel
 from cabochon.training.metrics import Record
+from cabochon.training.process_memory import peak_memory
 from cabochon.training.run_directory import Run, create
 from cabochon.training.runs import Outcome
 
-__all__ = ["carry_out", "main", "peak_memory", "resolved"]
+__all__ = ["carry_out", "main", "resolved"]
 
 PATHS = ("teacher", "teacher_cache", "teacher_tokenizer")
 """Settings beside those of the run that may name files."""
@@ -121,12 +121,6 @@ def carry_out(
     if outcome.stopped_by is not None and outcome.steps < total:
         return 128 + int(outcome.stopped_by)
     return 0
-
-
-def peak_memory() -> int:
-    """The most bytes of this process that were in memory at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tell(report: dict[str, Any], outcome: Outcome, total: int, *, as_json: bool) -> None:

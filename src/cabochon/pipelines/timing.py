@@ -6,8 +6,6 @@ Apart from the results, because these figures differ from one run to the next an
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cabochon.files import write_whole
+from cabochon.training.process_memory import peak_memory
 
 __all__ = ["note_memory", "timed", "write_json"]
 
@@ -31,10 +30,8 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
 
 def note_memory(folder: Path) -> None:
     """Notes the most memory that this process has held, if it is the most so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
     times = _read(folder)
-    times["peak_memory_bytes"] = max(peak_bytes, times["peak_memory_bytes"])
+    times["peak_memory_bytes"] = max(peak_memory(), times["peak_memory_bytes"])
     write_json(folder / "times.json", times)
 
 
