@@ -1,9 +1,12 @@
 """The records: what a batch of sequences says of targets, masks and padding."""
 
+import math
+
 import pytest
 import torch
 
 from cabochon.core import LinearPrediction, TokenBatch, soft_cap
+from cabochon.core.errors import ConfigError
 
 
 def test_a_target_is_the_token_that_follows_and_the_last_token_has_none() -> None:
@@ -48,3 +51,15 @@ def test_a_soft_cap_bounds_is_odd_and_vanishes_as_it_grows() -> None:
     small = torch.linspace(-3, 3, 7, dtype=torch.float64)
     torch.testing.assert_close(soft_cap(small, 1e6), small, rtol=0, atol=1e-9)
     assert soft_cap(x, None) is x
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_is_a_number_above_0(temperature: float) -> None:
+    prediction = LinearPrediction(hidden=torch.ones(1, 1, 2), head=torch.ones(3, 2))
+    with pytest.raises(ConfigError, match="temperature"):
+        prediction.tempered(temperature)
+
+
+def test_a_soft_cap_is_above_0() -> None:
+    with pytest.raises(ConfigError, match="soft-cap"):
+        LinearPrediction(hidden=torch.ones(1, 1, 2), head=torch.ones(3, 2), cap=0.0)

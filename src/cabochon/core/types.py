@@ -6,11 +6,14 @@ K key/value heads, H head width, L layers, P prompts, G samples of one prompt, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from cabochon.core.errors import ConfigError
 
 __all__ = [
     "Completion",
@@ -140,6 +143,12 @@ class LinearPrediction:
     cap: float | None = None
     """The final soft-cap, inside every logit this prediction gives."""
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.temperature < math.inf and (self.cap is None or self.cap > 0.0)):
+            raise ConfigError(
+                f"temperature and soft-cap must be above 0, got {self.temperature} and {self.cap}"
+            )
 
     def logits(self, rows: slice | Tensor, /) -> Tensor:
         """n V float32: the logits of the chosen rows of the flattened (B T) positions."""

@@ -192,6 +192,8 @@ def _divergence_score(
     f: FDivergence,
 ) -> tuple[RowScore, tuple[str, ...]]:
     """The score, and the names of its terms after the first."""
+    if isinstance(f, str):
+        raise ConfigError(f"f is an object, got the word {f!r}: f_divergences.named gives it")
     if isinstance(target, TopKTargets):
         return TopKScore(student, target, counted, f), ("nll", "kl", "tail")
     if not isinstance(target, SampledTargets):
