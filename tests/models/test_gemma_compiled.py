@@ -12,6 +12,7 @@ from cabochon.core import Completion, Key
 from cabochon.core.errors import ConfigError
 from cabochon.generation.engine import Settings, generate
 from cabochon.models.gemma import Gemma, GemmaConfig, preset
+from cabochon.models.gemma.few import attend_few, attend_few_fused
 from cabochon.models.gemma.step import int8
 
 CLOSE = 1e-4
@@ -118,6 +119,30 @@ def test_without_a_c_compiler_it_says_so_at_once(monkeypatch: pytest.MonkeyPatch
         lively(small()).with_compiled_decoding()
 
 
+@pytest.mark.parametrize("cap", [None, 2.0, 1000.0])
+@pytest.mark.parametrize("few", [1, 3])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_the_fused_attention_to_a_cache_is_the_ordinary_one(cap: float | None, few: int) -> None:
+    config = small(attention_cap=cap, heads=4, kv_heads=2, head_width=16, query_scalar=16)
+    rows, slots, lines = 3, 7, 3 * 2 * 2 * 10
+    draw = Key(2).generator()
+    held = torch.randn(2, rows * 2, 10, 16, generator=draw)  # 9 slots a row and the last one
+    queries = torch.randn(rows * few, 4, 16, generator=draw)
+    new = torch.randn(rows * few, 4, 16, generator=draw)
+    index = torch.randperm(lines, generator=draw)[: rows * few * 4]
+    unseen = torch.rand(rows, 1, few, slots, generator=draw) < 0.4
+    unseen[..., 0] = False
+    bias = torch.where(unseen, -torch.inf, 0.0)
+    found = []
+    for attend in (attend_few, attend_few_fused):
+        memory = held.clone()
+        found.append((attend(config, memory, index, bias)(queries, new), memory))
+    # A cap of 1,000 multiplies what tanh rounds, 6e-8, by as much.
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-4 if cap == 1000.0 else 1e-5)
+    assert found[0][0].shape == (rows * few, 4 * 16)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_recorded_steps_are_those_of_the_ordinary_step() -> None:
     model = lively(small(width=64, heads=4, kv_heads=2, head_width=16, query_scalar=16)).cuda()

@@ -26,7 +26,8 @@ from torch.nn.functional import embedding
 from cabochon.core.errors import ConfigError
 from cabochon.core.types import TokenBatch
 from cabochon.models.gemma.cache import GemmaCache, Sight
-from cabochon.models.gemma.few import attend_few, hidden, places
+from cabochon.models.gemma.cuda_attention import NARROWEST_FLEX_HEAD
+from cabochon.models.gemma.few import attend_few, attend_few_fused, hidden, places
 from cabochon.models.gemma.step import Product, Step
 
 __all__ = ["CompiledStep", "Logits", "refuse_without_compiler"]
@@ -220,6 +221,8 @@ def _run(
     sights: list[Sight],
 ) -> Tensor:
     """B V float32: logits after one new token a row, which is remembered unless it is padding."""
+    fused = weight.is_cuda and step.config.head_width >= NARROWEST_FLEX_HEAD
+    attend = attend_few_fused if fused else attend_few
     attends = []
     for memory, sight in zip(memories, sights, strict=True):
         size = memory.shape[2] - 1
@@ -233,7 +236,7 @@ def _run(
             else hidden(place, sight.slots, window, size)
         )
         bias = torch.where(unseen, -torch.inf, 0.0)
-        attends.append(attend_few(step.config, memory, places(sight.lines, slot), bias))
+        attends.append(attend(step.config, memory, places(sight.lines, slot), bias))
     return step(embedding(tokens, weight) * scale, positions, attends).logits(slice(None))
 
 

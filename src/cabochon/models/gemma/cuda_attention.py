@@ -17,9 +17,9 @@ from cabochon.core.types import soft_cap
 from cabochon.models.gemma.numerics import wide_dtype
 from cabochon.models.gemma.visibility import Visibility
 
-__all__ = ["cuda_attention", "flex_parts", "plain_attention"]
+__all__ = ["NARROWEST_FLEX_HEAD", "cuda_attention", "flex_parts", "plain_attention"]
 
-_NARROWEST_FLEX_HEAD = 16
+NARROWEST_FLEX_HEAD = 16
 
 
 def cuda_attention(
@@ -96,7 +96,7 @@ def _block_mask(visibility: Visibility) -> Any:
 
 
 def _flex_takes(q: Tensor) -> bool:
-    wide_enough = q.shape[-1] >= _NARROWEST_FLEX_HEAD
+    wide_enough = q.shape[-1] >= NARROWEST_FLEX_HEAD
     return wide_enough and q.dtype in {torch.float32, torch.bfloat16, torch.float16}
 
 

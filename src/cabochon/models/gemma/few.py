@@ -7,6 +7,7 @@ p lies in slot p modulo the number of slots; the last slot takes what must not b
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.numerics import LARGEST_LOGISTIC_CAP
 
-__all__ = ["AttendFew", "attend_few", "curve", "hidden", "places"]
+__all__ = ["AttendFew", "attend_few", "attend_few_fused", "curve", "hidden", "places"]
 
 AttendFew = Callable[[Tensor, Tensor], Tensor]
 """Rotated queries, `curve`'s gain inside ((B T) N H), and new keys and values ((B T) 2K H) ->
@@ -62,6 +63,37 @@ def places(lines: Tensor, slot: Tensor) -> Tensor:
         slot: B T: in which the new tokens go.
     """
     return (lines[:, None] + slot.unsqueeze(-1)).flatten()
+
+
+def attend_few_fused(config: GemmaConfig, memory: Tensor, index: Tensor, bias: Tensor) -> AttendFew:
+    """`attend_few` through flex_attention, one kernel where it is compiled for CUDA.
+
+    The soft-cap and the bias are its score function: no score leaves the processor. Not compiled it
+    holds every score, and is here to be compared.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    rows, _, few, slots = bias.shape
+    width, lines = config.head_width, memory.view(-1, config.head_width)
+    used = memory[:, : rows * config.kv_heads, :slots].unflatten(1, (rows, -1))  # 2 B K S H
+    _, _, unit = curve(config.scale, config.attention_cap)
+    cap = config.attention_cap
+    rounded = cap is not None and cap <= LARGEST_LOGISTIC_CAP
+
+    def score(raw: Tensor, row: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:  # noqa: ARG001
+        bent = raw if cap is None else raw.sigmoid() if rounded else raw.tanh()
+        return unit * bent + bias[row, 0, query, slot]
+
+    def attend(queries: Tensor, new: Tensor) -> Tensor:
+        lines.index_copy_(0, index, new.reshape(-1, width))
+        by_head = queries.view(rows, few, -1, width).transpose(1, 2)  # B N T H
+        mixed: Any = flex_attention(
+            by_head, used[0], used[1], score_mod=score, scale=1.0, enable_gqa=True
+        )
+        out: Tensor = mixed.transpose(1, 2).reshape(rows * few, -1)
+        return out
+
+    return attend
 
 
 def attend_few(config: GemmaConfig, memory: Tensor, index: Tensor, bias: Tensor) -> AttendFew:
