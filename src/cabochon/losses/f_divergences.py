@@ -28,6 +28,14 @@ import torch
 from torch import Tensor
 
 from cabochon.core.errors import ConfigError
+from cabochon.losses.stable_ratios import (
+    LEAST_PARAMETER,
+    alpha_pointwise,
+    expm1_over,
+    jensen_shannon_pointwise,
+    log1p_over,
+    power,
+)
 
 __all__ = [
     "KL",
@@ -47,9 +55,6 @@ __all__ = [
 _NEARLY_KL = 0.2
 """Exponents 1 / (a - 1) of alpha divergences nearer to KL than this are taken by logarithms: a
 rounding error of the base would grow by the exponent."""
-_LEAST_PARAMETER = torch.finfo(torch.float32).tiny
-"""A parameter nearer to 0 than this has no float32 to be divided by, and its divergence none that
-differs from the limit."""
 
 
 class FDivergence(Protocol):
@@ -169,7 +174,7 @@ class KL:
         return u
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return _alpha_pointwise(1.0, log_p, log_q)
+        return alpha_pointwise(1.0, log_p, log_q)
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ class ReverseKL:
         return u.log()
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return _alpha_pointwise(0.0, log_p, log_q)
+        return alpha_pointwise(0.0, log_p, log_q)
 
 
 @dataclass(frozen=True)
@@ -268,19 +273,19 @@ class JensenShannon:
     def slope(self, u: Tensor) -> Tensor:
         # log(u / m) / (1 - beta), m = 1 + beta (u - 1)
         rest = 1.0 - self.beta
-        return -self.scale * _log1p_over(1.0 / u - 1.0, rest)
+        return -self.scale * log1p_over(1.0 / u - 1.0, rest)
 
     def conjugate(self, v: Tensor) -> Tensor:
-        grown = _expm1_over(v / self.scale, 1.0 - self.beta)
-        return -self.scale * _log1p_over(-grown, self.beta)
+        grown = expm1_over(v / self.scale, 1.0 - self.beta)
+        return -self.scale * log1p_over(-grown, self.beta)
 
     def conjugate_slope(self, v: Tensor) -> Tensor:
         rest, v = 1.0 - self.beta, v / self.scale
-        free = (1.0 - self.beta * _expm1_over(v, rest)).clamp(min=0.0)
+        free = (1.0 - self.beta * expm1_over(v, rest)).clamp(min=0.0)
         return (rest * v).exp() / free
 
     def warped(self, gap: Tensor) -> Tensor:
-        return _expm1_over(gap / self.scale, 1.0 - self.beta)
+        return expm1_over(gap / self.scale, 1.0 - self.beta)
 
     def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
         mixture = 1.0 + self.beta * (u - 1.0)
@@ -295,13 +300,13 @@ class JensenShannon:
     def surplus(self, u: Tensor) -> Tensor:
         if self.beta == 1.0:
             return u.log()
-        return self.scale * _log1p_over(u / (1.0 - self.beta), self.beta)
+        return self.scale * log1p_over(u / (1.0 - self.beta), self.beta)
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        if self.beta < _LEAST_PARAMETER or self.beta == 1.0:
-            limit = _alpha_pointwise(1.0 - round(self.beta), log_p, log_q)
+        if self.beta < LEAST_PARAMETER or self.beta == 1.0:
+            limit = alpha_pointwise(1.0 - round(self.beta), log_p, log_q)
             return limit[0] * self.scale, limit[1] * self.scale
-        value, by_log_q = _jensen_shannon_pointwise(self.beta, log_p, log_q)
+        value, by_log_q = jensen_shannon_pointwise(self.beta, log_p, log_q)
         return value * self.scale, by_log_q * self.scale
 
 
@@ -344,7 +349,7 @@ class SquaredHellinger:
         return u.sqrt()
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        value, by_log_q = _alpha_pointwise(0.5, log_p, log_q)
+        value, by_log_q = alpha_pointwise(0.5, log_p, log_q)
         return value * 0.5, by_log_q * 0.5
 
 
@@ -387,7 +392,7 @@ class ChiSquare:
         return 0.5 * u * u
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return _alpha_pointwise(2.0, log_p, log_q)
+        return alpha_pointwise(2.0, log_p, log_q)
 
 
 @dataclass(frozen=True)
@@ -427,13 +432,13 @@ class Alpha:
         return _of_ratio(self, u)
 
     def slope(self, u: Tensor) -> Tensor:
-        return _expm1_over(u.log(), self.a - 1.0)
+        return expm1_over(u.log(), self.a - 1.0)
 
     def conjugate(self, v: Tensor) -> Tensor:
-        return _expm1_over(self._log_ratio(v), self.a)
+        return expm1_over(self.log_ratio(v), self.a)
 
     def conjugate_slope(self, v: Tensor) -> Tensor:
-        return self._log_ratio(v).exp()
+        return self.log_ratio(v).exp()
 
     def warped(self, gap: Tensor) -> Tensor:
         return gap
@@ -441,27 +446,27 @@ class Alpha:
     def lowered(self, u: Tensor, warped: Tensor) -> Tensor:
         e = self.a - 1.0
         if abs(e) < _NEARLY_KL:
-            return u * _log1p_over(-warped * _power(u, -e), e).exp()
-        base = (warped * (-e * _power(u, -e))).add_(1.0).clamp_(min=0.0)
-        return _power(base, 1.0 / e).mul_(u)
+            return u * log1p_over(-warped * power(u, -e), e).exp()
+        base = (warped * (-e * power(u, -e))).add_(1.0).clamp_(min=0.0)
+        return power(base, 1.0 / e).mul_(u)
 
     def response(self, u: Tensor) -> Tensor:
-        return _power(u, 2.0 - self.a)
+        return power(u, 2.0 - self.a)
 
     def response_slope(self, u: Tensor) -> Tensor:
-        return (2.0 - self.a) * _power(u, 1.0 - self.a)
+        return (2.0 - self.a) * power(u, 1.0 - self.a)
 
     def surplus(self, u: Tensor) -> Tensor:
         if self.a > 0.0:
-            return _power(u, self.a) / self.a
-        return _expm1_over(u.log(), self.a)
+            return power(u, self.a) / self.a
+        return expm1_over(u.log(), self.a)
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return _alpha_pointwise(self.a, log_p, log_q)
+        return alpha_pointwise(self.a, log_p, log_q)
 
-    def _log_ratio(self, v: Tensor) -> Tensor:
+    def log_ratio(self, v: Tensor) -> Tensor:
         """log u where f'(u) = v; -inf below f'(0), inf from `sup` on."""
-        return _log1p_over(v, self.a - 1.0)
+        return log1p_over(v, self.a - 1.0)
 
 
 @dataclass(frozen=True)
@@ -482,11 +487,11 @@ class Jeffreys:
 
     def conjugate(self, v: Tensor) -> Tensor:
         # u v - f(u) with v = log u + 1 - 1 / u
-        log_u = self._log_ratio(v)
+        log_u = self.log_ratio(v)
         return log_u + log_u.expm1()
 
     def conjugate_slope(self, v: Tensor) -> Tensor:
-        return self._log_ratio(v).exp()
+        return self.log_ratio(v).exp()
 
     def warped(self, gap: Tensor) -> Tensor:
         return gap
@@ -510,11 +515,11 @@ class Jeffreys:
         return (u - 1.0) + u.log()
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        forward = _alpha_pointwise(1.0, log_p, log_q)
-        backward = _alpha_pointwise(0.0, log_p, log_q)
+        forward = alpha_pointwise(1.0, log_p, log_q)
+        backward = alpha_pointwise(0.0, log_p, log_q)
         return forward[0] + backward[0], forward[1] + backward[1]
 
-    def _log_ratio(self, v: Tensor) -> Tensor:
+    def log_ratio(self, v: Tensor) -> Tensor:
         """The root y = log u of y - expm1(-y) = v (u = 1 / W(e^(1 - v)), Lambert's W)."""
         y = torch.where(v > 0.0, v, -(-v.clamp(max=0.0)).log1p())
         for _ in range(8):  # Newton on an increasing concave function; quadratic from here
@@ -600,131 +605,3 @@ class _Terms(torch.autograd.Function):
 def _of_ratio(f: FDivergence, u: Tensor) -> Tensor:
     """f(u) from the stable form, with q = 1."""
     return f.pointwise(u.log(), torch.zeros_like(u))[0]
-
-
-def _power(x: Tensor, exponent: float) -> Tensor:
-    """X ** exponent for x >= 0; halves of small whole numbers by products and roots."""
-    halves = 2.0 * abs(exponent)
-    if not (halves.is_integer() and 0.0 < halves <= 16.0):
-        power: Tensor = x.pow(exponent)
-        return power
-    whole, half = divmod(int(halves), 2)
-    factors = [torch.sqrt(x)] if half else []
-    square = x
-    while whole:
-        if whole % 2:
-            factors.append(square)
-        whole //= 2
-        square = torch.square(square) if whole else square
-    made = factors.pop()
-    for factor in factors:
-        made = made * factor
-    return made if exponent > 0.0 else torch.reciprocal(made)
-
-
-def _expm1_over(x: Tensor, e: float) -> Tensor:
-    """(exp(e x) - 1) / e, and its limit x at e = 0."""
-    return x if e == 0.0 else (e * x).expm1() / e
-
-
-def _log1p_over(x: Tensor, e: float) -> Tensor:
-    """log(1 + e x) / e, and its limit x at e = 0; log 0 where 1 + e x is negative."""
-    return x if e == 0.0 else (e * x).clamp(min=-1.0).log1p() / e
-
-
-def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log p - log q; 0 where both are -inf, as nothing is different there."""
-    both = (log_p == -math.inf) & (log_q == -math.inf)
-    return (log_p - log_q).masked_fill(both, 0.0)
-
-
-def _difference(log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
-    """p - q to the last digit also where they nearly agree."""
-    gap = (-log_ratio.abs()).expm1()
-    return torch.where(log_ratio > 0.0, -gap * log_p.exp(), gap * log_q.exp())
-
-
-def _times(log_x: Tensor, y: Tensor) -> Tensor:
-    """x y, which is 0 where x is 0 whatever y."""
-    return (log_x.exp() * y).masked_fill(log_x == -math.inf, 0.0)
-
-
-def _near_one(log_ratio: Tensor, rates: tuple[float, float, float]) -> Tensor:
-    """f(e^d) for small d, by its series, so that it is never below 0.
-
-    With g(d) = f(e^d), g'' = g' + h where h(d) = u^2 f''(u); `rates` are h', h'', h''' at 0, where
-    h = 1.
-    """
-    third = 1.0 + rates[0]
-    fourth = third + rates[1]
-    fifth = fourth + rates[2]
-    d = log_ratio
-    return 0.5 * d * d * (1.0 + d * (third / 3.0 + d * (fourth / 12.0 + d * (fifth / 60.0))))
-
-
-def _small(log_ratio: Tensor, rate: float) -> Tensor:
-    """Where four terms of the series are as good as the type can say."""
-    limit = math.pow(torch.finfo(log_ratio.dtype).eps, 0.2)
-    return log_ratio.abs() < limit / max(1.0, abs(rate))
-
-
-def _alpha_pointwise(a: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """`FDivergence.pointwise` of alpha divergences, continuous in a.
-
-    With d = log(p / q) and E(e) = expm1(e d) / e, which is d at e = 0, the value is
-    (p E(a - 1) - (p - q)) / a, or equally ((p - q) - q E(a)) / (1 - a): each is free of
-    cancellation at one of the two limits. The derivative is -q E(a).
-    """
-    a = a if abs(a) >= _LEAST_PARAMETER else 0.0
-    d = _log_ratio(log_p, log_q)
-    difference = _difference(log_p, log_q, d)
-
-    def grown(log_x: Tensor, e: float) -> Tensor:
-        """X E(e), through p^a q^(1 - a) = x exp(e d) where the exponential could overflow."""
-        if e == 0.0:
-            return _times(log_x, d)
-        if a == 1.0:  # here e = 1 and X = q
-            return difference
-        far = _log_power(a, log_p, log_q).exp() - log_x.exp()
-        near = log_x.exp() * (e * d).expm1()
-        return torch.where((e * d).abs() < 1.0, near, far) / e
-
-    rising = grown(log_q, a)
-    if a >= 0.5:
-        value = (grown(log_p, a - 1.0) - difference) / a
-    else:
-        value = (difference - rising) / (1.0 - a)
-    close = _near_one(d, (a, a * a, a * a * a)) * log_q.exp()
-    return torch.where(_small(d, a), close, value), -rising
-
-
-def _log_power(a: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """a log p + (1 - a) log q for a other than 0 and 1; -inf where both are."""
-    both = (log_p == -math.inf) & (log_q == -math.inf)
-    return (a * log_p + (1.0 - a) * log_q).masked_fill(both, -math.inf)
-
-
-def _jensen_shannon_pointwise(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """`FDivergence.pointwise` of the rescaled form for 0 < beta < 1.
-
-    With d = log(p / q) and L(c, d) = log(1 + c expm1(d)), so that log(m / q) = L(beta, d), the
-    value is (p d - m L / beta) / (1 - beta) and the derivative -q L / beta. The divergence of
-    1 - beta is that of beta with p and q exchanged, so c <= 1/2 always and nothing cancels.
-    """
-    # Where one is e^80 (e^600) times the other, only that one matters to these sums.
-    far = 80.0 if log_p.dtype != torch.float64 else 600.0
-    d = _log_ratio(log_p, log_q).clamp(-far, far)
-    p, q = log_p.exp(), log_q.exp()
-    mixture = beta * p + (1.0 - beta) * q
-    if beta <= 0.5:
-        log_mixture = _log1p_over(d.expm1(), beta)
-        value = (p * d - mixture * log_mixture) / (1.0 - beta)
-        by_log_q = -q * log_mixture
-    else:
-        log_mixture = _log1p_over((-d).expm1(), 1.0 - beta)
-        value = -(q * d + mixture * log_mixture) / beta
-        by_log_q = -q * (d + (1.0 - beta) * log_mixture) / beta
-    rest = 1.0 - beta
-    rates = (rest, rest * (1.0 - 2.0 * beta), rest * (1.0 - 6.0 * beta * rest))
-    close = _near_one(d, rates) * q
-    return torch.where(_small(d, 1.0), close, value), by_log_q
