@@ -1,0 +1,1 @@
+"""How good a completion is: models of preferences, checks, and what they add up to."""
