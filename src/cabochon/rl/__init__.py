@@ -1,0 +1,1 @@
+"""Reinforcement learning with environments: actors, central inference, unrolls, replay."""
