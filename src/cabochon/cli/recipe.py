@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cabochon.cli.rows import Rows
@@ -27,6 +27,7 @@ __all__ = [
     "Method",
     "Recipe",
     "Train",
+    "Training",
     "TrainingSettings",
     "recipe_of",
     "split_words",
@@ -41,6 +42,18 @@ ALGORITHMS = {
 
 Train = Callable[[Iterable[TokenBatch], Optimizer, int], Iterator[Step]]
 """(micro-batches, optimizer, first update) -> the updates from there to the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training loop that carries more from update to update than model and optimizer."""
+
+    steps: Train
+    extra: Mapping[str, Tensor]
+    """What a checkpoint keeps beside them and restores in place before `steps` is called."""
+    learning: nn.Module | None = None
+    """What the optimizer is to hold: the model and what learns beside it; the model when absent.
+    Parameters of its own are to be in `extra` as well."""
 
 
 class Method(Protocol):
@@ -78,7 +91,7 @@ class Recipe(Generic[S]):
     """The data are conversations."""
     pack: Callable[[S, Tokenizer], Rows]
     """The rows that it learns from."""
-    train: Callable[[S, nn.Module, Tokenizer], Train]
+    train: Callable[[S, nn.Module, Tokenizer], Train | Training]
     """Loads what else it needs (a teacher) and gives its training loop."""
     objective: Callable[[S, Policy | None], Objective[Policy, TokenBatch]]
     """What is minimised, given a teacher or none."""

@@ -24,7 +24,7 @@ from cabochon.cli.machine import (
     refuse_rows_beyond,
     tokenizer_of,
 )
-from cabochon.cli.recipe import Recipe, Train
+from cabochon.cli.recipe import Recipe, Train, Training
 from cabochon.cli.rows import Rows
 from cabochon.cli.settings import RunSettings, shape
 from cabochon.core import Key, Step
@@ -59,6 +59,8 @@ class Session:
     """The moving average of the weights, in place; empty when there is none."""
     inputs: Mapping[str, Any]
     """Hashes of what the result depends on."""
+    extra: Mapping[str, Tensor]
+    """What else moves with the updates, in place; empty when nothing does."""
 
     @property
     def run(self) -> RunSettings:
@@ -97,6 +99,7 @@ class Session:
                 load_model=self._load,
                 optimizer=self.optimizer,
                 ema=self.average,
+                extra=self.extra,
             ),
             save_every=self.run.checkpoint_every,
             keep=self.run.keep,
@@ -135,7 +138,8 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
         inputs = fingerprints(run, tokenizer, models) | _teachers(recipe, settings)
         rows = recipe.pack(settings, tokenizer)
         model = _model(run, tokenizer)
-        train = recipe.train(settings, model, tokenizer)
+        given = recipe.train(settings, model, tokenizer)
+    training = given if isinstance(given, Training) else Training(steps=given, extra={})
     average = {}
     if run.ema:
         average = {name: weight.clone() for name, weight in float32_weights(model).items()}
@@ -144,10 +148,11 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
         model=model,
         tokenizer=tokenizer,
         rows=rows,
-        optimizer=adamw(model, settings.optimizer),
-        train=train,
+        optimizer=adamw(training.learning or model, settings.optimizer),
+        train=training.steps,
         average=average,
         inputs=inputs,
+        extra=training.extra,
     )
 
 

@@ -18,7 +18,7 @@ from cabochon.losses import linear
 from cabochon.losses.f_divergences import KL
 from cabochon.losses.tempering import text_targets
 
-__all__ = ["future_sums", "leave_one_out", "policy_gradient"]
+__all__ = ["future_sums", "leave_one_out", "policy_gradient", "standardised"]
 
 
 def policy_gradient(prediction: Prediction, batch: TokenBatch, gain: Tensor) -> Loss:
@@ -38,7 +38,7 @@ def policy_gradient(prediction: Prediction, batch: TokenBatch, gain: Tensor) -> 
 
 
 def leave_one_out(values: Tensor) -> Tensor:
-    """Each value minus the mean of the others of its row; 0 where it has no others.
+    """Each value minus the mean of the others of its row; exactly 0 where all of a row are equal.
 
     Args:
         values: ... G.
@@ -50,7 +50,29 @@ def leave_one_out(values: Tensor) -> Tensor:
     if count == 0:
         raise ConfigError("a baseline needs at least one value")
     others = (values.sum(-1, keepdim=True) - values) / max(1, count - 1)
-    return values - others if count > 1 else torch.zeros_like(values)
+    return torch.where(_equal(values), 0.0, values - others)
+
+
+def standardised(values: Tensor, epsilon: float = 1e-4) -> Tensor:
+    """Each value minus the mean of its row, over the row's standard deviation plus `epsilon`.
+
+    The deviation is that of a sample (divided by G - 1), as in the implementations of GRPO. Rows of
+    equal values, single ones too, give exactly 0: nothing can be learned from them.
+
+    Args:
+        values: ... G.
+        epsilon: keeps small differences from becoming large ones.
+    """
+    if values.shape[-1] == 1:
+        return torch.zeros_like(values)
+    spread = values.std(-1, keepdim=True)
+    above = (values - values.mean(-1, keepdim=True)) / (spread + epsilon)
+    return torch.where(_equal(values), 0.0, above)
+
+
+def _equal(values: Tensor) -> Tensor:
+    """Which rows hold one value alone: their mean may differ from it by a rounding."""
+    return values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
 
 
 def future_sums(values: Tensor) -> Tensor:

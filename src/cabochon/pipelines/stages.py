@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cabochon import folders
@@ -112,6 +113,7 @@ def trained(
     optimizer: Optimizer,
     updates: Callable[[int], Iterator[Step]],
     observe: Observe,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """The model folder that the stage leaves in `folder`, after the updates that are missing.
 
@@ -123,6 +125,7 @@ def trained(
         optimizer: of the model's parameters.
         updates: first update -> the updates from there to the last.
         observe: told of each update.
+        extra: what else a checkpoint keeps and restores in place, see `TrainingState`.
 
     Raises:
         KeyboardInterrupt: SIGINT came; the stage was saved.
@@ -148,6 +151,7 @@ def trained(
             save_model=lambda path: folders.save(model, tokenizer, path),
             load_model=load,
             optimizer=optimizer,
+            extra=extra or {},
         ),
         save_every=SAVE_EVERY,
         keep=1,

@@ -9,6 +9,7 @@ the SHA-256 of every other file and of itself, so any changed byte is found and 
       model/                  an HF folder, written and read by the caller's functions
       optimizer.safetensors   state of the optimizer and float32 masters
       ema.safetensors         the moving average, when there is one
+      extra.safetensors       what else moves with the updates (an anchor), when there is any
       state.json              step and settings
       checksums.json
 """
@@ -59,6 +60,8 @@ class TrainingState:
     optimizer: Optimizer
     ema: Mapping[str, Tensor] = field(default_factory=dict)
     """A moving average of the weights, updated and restored in place; empty when there is none."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else an algorithm carries from update to update, an anchor for one; as `ema`."""
 
 
 def write(folder: Path, step: int, state: TrainingState) -> Path:
@@ -193,9 +196,10 @@ def _write(partial: Path, step: int, state: TrainingState) -> None:
     partial.mkdir()
     state.save_model(partial / "model")
     save_file(optimizer_state.tensors_of(state.optimizer), partial / "optimizer.safetensors")
-    if state.ema:
-        average = {name: tensor.contiguous() for name, tensor in state.ema.items()}
-        save_file(average, partial / "ema.safetensors")
+    for name, tensors in (("ema", state.ema), ("extra", state.extra)):
+        if tensors:
+            whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            save_file(whole, partial / f"{name}.safetensors")
     settings = {
         "format": _FORMAT,
         "step": step,
@@ -223,7 +227,8 @@ def _load(path: Path, state: TrainingState) -> int:
     # Cloned, because what safetensors returns may be a view of the file, which is pruned one day.
     owned = {name: tensor.clone() for name, tensor in tensors.items()}
     optimizer_state.restore(state.optimizer, owned, settings["optimizer"])
-    _restore_ema(path / "ema.safetensors", state.ema)
+    _restore_in_place(path / "ema.safetensors", state.ema, "the present moving average")
+    _restore_in_place(path / "extra.safetensors", state.extra, "what the algorithm carries now")
     return int(settings["step"])
 
 
@@ -236,15 +241,17 @@ def _is_whole(path: Path) -> bool:
 
 
 @torch.no_grad()
-def _restore_ema(path: Path, average: Mapping[str, Tensor]) -> None:
+def _restore_in_place(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
     saved = load_file(path) if path.is_file() else {}
-    if saved.keys() != average.keys():
+    unlike = saved.keys() ^ tensors.keys()
+    unlike |= {n for n in saved.keys() & tensors.keys() if saved[n].shape != tensors[n].shape}
+    if unlike:
         raise CheckpointError(
-            f"{path} and the present moving average differ in {sorted(saved.keys() ^ average)}; "
-            "resume with the model and the average that the run began with"
+            f"{path} and {what} differ in {sorted(unlike)}; "
+            "resume with the model and the settings that the run began with"
         )
     for name, tensor in saved.items():
-        average[name].copy_(tensor)
+        tensors[name].copy_(tensor)
 
 
 def _discard(path: Path) -> None:

@@ -52,6 +52,14 @@ class Rollout:
     """G float32, one for each completion; None if none were given."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Name -> G float32 or float64: what the rewards are made of."""
+    batch: int = 0
+    """Of the micro-batch of the run that it was drawn for."""
+    place: int = 0
+    """Of the prompt among those of its micro-batch and writer."""
+    places: int = 1
+    """How many prompts those are."""
+    writer: str = "policy"
+    """Who drew it, where several do for one micro-batch."""
 
 
 def episodes_of(rollout: Rollout) -> list[Episode]:
@@ -172,6 +180,10 @@ def _episode(rollout: Rollout, sample: int) -> Episode:
         metadata={
             "prompt": _numpy(prompt),
             "group": np.int64(rollout.number),
+            "batch": np.int64(rollout.batch),
+            "place": np.int64(rollout.place),
+            "places": np.int64(rollout.places),
+            "writer": rollout.writer,
             "sample": np.int64(sample),
             "samples": np.int64(len(rollout.group.completions)),
             "scored": np.bool_(rollout.rewards is not None),
@@ -198,6 +210,10 @@ def _rollout(episodes: Sequence[Episode]) -> Rollout:
             )
             for name in parts
         },
+        batch=int(first.get("batch", 0)),
+        place=int(first.get("place", 0)),
+        places=int(first.get("places", 1)),
+        writer=_text(first.get("writer", "policy")),
     )
 
 
@@ -208,6 +224,10 @@ def _completion(episode: Episode) -> Completion:
         model_logprob=_tensor(episode, "model_logprob"),
         stopped=episode.terminated,
     )
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _group(episode: Episode) -> int:

@@ -1,0 +1,232 @@
+"""Experience: what is drawn, what it is worth above its baseline, and how it is kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cabochon.core import Completion, Group, Key
+from cabochon.core.errors import DataError, FolderError
+from cabochon.data.rlds.reader import validate
+from cabochon.generation.engine import Settings, generate
+from cabochon.models.gemma import Gemma, preset
+from cabochon.rewards.experience import Experience, draw, gains, recorder, replayed
+from cabochon.rewards.scores import Scores
+
+
+class Ids:
+    """All that a recorder asks of a tokenizer."""
+
+    def fingerprint(self) -> str:
+        return "abc"
+
+
+def experience(
+    number: int, *, writer: str = "policy", prompts: int = 2, seed: int = 0
+) -> Experience:
+    generator = Key(seed).fold(writer, number).generator()
+    groups = []
+    for place in range(prompts):
+        completions = []
+        for _ in range(3):
+            length = int(torch.randint(1, 6, (), generator=generator))
+            completions.append(
+                Completion(
+                    tokens=torch.randint(0, 40, (length,), generator=generator),
+                    logprob=-torch.rand(length, generator=generator),
+                    model_logprob=-torch.rand(length, generator=generator),
+                    stopped=length % 2 == 0,
+                )
+            )
+        groups.append(Group(prompt=torch.arange(place + 1), completions=tuple(completions)))
+    total = torch.randn(prompts, 3, generator=generator)
+    return Experience(
+        number=number,
+        groups=tuple(groups),
+        scores=Scores(total=total, parts={"length": total / 3, "style": total * 2}),
+        version=number // 2,
+        writer=writer,
+    )
+
+
+def numbers(of: Experience) -> list[Tensor]:
+    found = [of.scores.total, *(part for _, part in sorted(of.scores.parts.items()))]
+    for group in of.groups:
+        found.append(group.prompt)
+        for each in group.completions:
+            found += [each.tokens, each.logprob, each.model_logprob, torch.tensor(each.stopped)]
+    return found
+
+
+def assert_same(found: Experience, wanted: Experience) -> None:
+    assert (found.number, found.version, found.writer) == (
+        wanted.number, wanted.version, wanted.writer,
+    )  # fmt: skip
+    assert found.judged == wanted.judged
+    assert all(torch.equal(*pair) for pair in zip(numbers(found), numbers(wanted), strict=True))
+
+
+# --- drawing -------------------------------------------------------------------------------------
+
+
+def test_an_experience_is_what_the_sampler_draws_and_the_reward_says() -> None:
+    config = replace(
+        preset("gemma2-nano"), vocab_size=40, width=16, layers=1, heads=2, head_width=8,
+        kv_heads=1, ffn_width=24, query_scalar=8, context=32,
+    )  # fmt: skip
+    model = Gemma.init(config, Key(0))
+    prompts, settings = [torch.arange(4), torch.arange(7)], Settings(max_new_tokens=5)
+
+    def lengths(groups: Sequence[Group]) -> Tensor:
+        return torch.tensor([[float(len(c.tokens)) for c in g.completions] for g in groups])
+
+    found = draw(model, prompts, lengths, settings, Key(1), 3, number=8, version=4, indices=[5, 9])
+    wanted = generate(model, prompts, settings, Key(1), 3, indices=[5, 9])
+    assert [c.tokens.tolist() for g in found.groups for c in g.completions] == [
+        c.tokens.tolist() for g in wanted for c in g.completions
+    ]
+    assert torch.equal(found.scores.total, lengths(wanted))
+    assert (found.number, found.version, found.writer) == (8, 4, "policy")
+
+
+# --- baselines -----------------------------------------------------------------------------------
+
+
+def test_gains_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    assert torch.equal(gains(rewards, "none"), rewards)
+    assert gains(rewards, "prompt").tolist() == [[-3.0, -1.5, 4.5], [-1.5, -1.5, 3.0]]
+    torch.testing.assert_close(
+        gains(rewards, "batch"), torch.tensor([[-1.2, 0.0, 4.8], [-2.4, -2.4, 1.2]])
+    )
+    normalised = gains(rewards, "group_normalised")
+    torch.testing.assert_close(normalised[0], torch.tensor([-2.0, -1.0, 3.0]) / (7**0.5 + 1e-4))
+
+
+@pytest.mark.parametrize("value", [0.1, -3.3e7, 0.0])
+@pytest.mark.parametrize("baseline", ["prompt", "batch", "group_normalised"])
+def test_equal_rewards_gain_exactly_nothing(baseline: str, value: float) -> None:
+    for count in (1, 3, 7):
+        assert not gains(torch.full((2, count), value), baseline).any()  # type: ignore[arg-type]
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def test_records_are_read_as_they_were_observed(tmp_path: Path) -> None:
+    wanted = [
+        experience(number, writer=writer) for number in range(5) for writer in ("policy", "anchor")
+    ]
+    with recorder(tmp_path / "rollouts", Ids(), notes={"run": "x"}) as record:
+        for each in wanted:
+            record(each)
+    assert list(validate(tmp_path / "rollouts")) == []
+    for found, each in zip(replayed(tmp_path / "rollouts", 0), wanted, strict=True):
+        assert_same(found, each)
+    later = list(replayed(tmp_path / "rollouts", 3, writer="anchor"))
+    for found, each in zip(later, [wanted[7], wanted[9]], strict=True):
+        assert_same(found, each)
+
+
+def test_versions_of_single_tokens_and_missing_rewards_are_kept(tmp_path: Path) -> None:
+    plain = experience(0)
+    versions = tuple(
+        tuple(torch.arange(len(each.tokens)) for each in group.completions)
+        for group in plain.groups
+    )
+    newest = int(torch.cat([each for group in versions for each in group]).max())
+    mixed = replace(plain, versions=versions, version=newest)
+    scores = Scores(total=torch.zeros(2, 3), parts=plain.scores.parts)
+    unjudged = replace(experience(1), scores=scores, judged=False)
+    with recorder(tmp_path, Ids()) as record:
+        record(mixed)
+        record(unjudged)
+    first, second = replayed(tmp_path, 0)
+    assert_same(first, mixed)
+    pairs = zip(first.versions, versions, strict=True)
+    assert all(torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
+    assert second.versions == ()
+    assert not second.judged
+
+
+def test_what_is_observed_again_is_compared_and_not_written_twice(tmp_path: Path) -> None:
+    with recorder(tmp_path, Ids()) as record:
+        for number in range(6):
+            record(experience(number))
+    with recorder(tmp_path, Ids()) as record:
+        for number in range(4, 9):  # a run that goes on from the checkpoint after 4
+            record(experience(number))
+    assert [each.number for each in replayed(tmp_path, 0)] == [*range(9)]
+    with (
+        recorder(tmp_path, Ids()) as record,
+        pytest.raises(
+            DataError, match="other completions or rewards for prompt 0 of micro-batch 7"
+        ),
+    ):
+        record(experience(7, seed=1))
+
+
+def test_ranks_write_side_by_side(tmp_path: Path) -> None:
+    with recorder(tmp_path, Ids()) as first, recorder(tmp_path, Ids(), rank=1) as second:
+        for number in range(3):
+            first(experience(number))
+            second(experience(number, seed=1))
+    for rank in (0, 1):
+        found = replayed(tmp_path, 0, rank=rank)
+        for number, each in enumerate(found):
+            assert_same(each, experience(number, seed=rank))
+
+
+def test_a_gap_between_records_is_said(tmp_path: Path) -> None:
+    with recorder(tmp_path, Ids()) as record:
+        record(experience(0))
+        record(experience(2))
+    found = replayed(tmp_path, 0)
+    assert next(found).number == 0
+    with pytest.raises(DataError, match="no record of micro-batch 1, but of 2"):
+        next(found)
+    with pytest.raises(FolderError):
+        next(replayed(tmp_path / "nowhere", 0))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import cabochon.rewards.experience as module
+from test_experience import Ids, experience, recorder
+write, left = module.write_rollouts, [7]
+
+def dying(writer, rollouts):
+    write(writer, rollouts)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+module.write_rollouts = dying
+record = recorder(Path({folder!r}), Ids())
+for number in range(5):
+    record(experience(number))
+"""
+
+
+def test_a_killed_process_loses_nothing_and_the_next_goes_on(tmp_path: Path) -> None:
+    source = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "rollouts"))
+    done = subprocess.run([sys.executable, "-c", source], env=os.environ, check=False)
+    assert done.returncode == -signal.SIGKILL  # with one of the two groups of micro-batch 3
+    with recorder(tmp_path / "rollouts", Ids()) as record:
+        for number in range(2, 5):
+            record(experience(number))
+    found = list(replayed(tmp_path / "rollouts", 0))
+    assert len(found) == 5
+    for number, each in enumerate(found):
+        assert_same(each, experience(number))
