@@ -1,0 +1,91 @@
+"""What agents see with: observations to features, each row by itself.
+
+    mlp           linear layers of the given widths with tanh between them
+    impala_small  conv 16 8x8/4, 32 4x4/2, linear
+    impala_deep   3 stages of 16, 32, 32 channels (conv 3x3, max-pool 3/2, two residual blocks), linear
+    nature        conv 32 8x8/4, 64 4x4/2, 64 3x3/1, linear
+
+Source: Espeholt et al. 2018 (IMPALA), arXiv:1802.01561, figure 3 for both of its networks; Mnih et
+al. 2015, "Human-level control through deep reinforcement learning", for `nature`, which R2D2 keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cabochon.core.errors import ConfigError
+
+__all__ = ["Residual", "Torso", "convolutions", "mlp"]
+
+Torso = Literal["mlp", "impala_small", "impala_deep", "nature"]
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(relu(x)))), 3x3, of the same channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """n C H W to n C H W."""
+        inner: Tensor = self.second(torch.relu(self.first(torch.relu(x))))
+        return x + inner
+
+
+def mlp(inputs: int, widths: Sequence[int]) -> nn.Module:
+    """n D to n widths[-1]; tanh after each layer, orthogonal weights of gain sqrt 2.
+
+    Raises:
+        ConfigError: there is no layer.
+    """
+    if not widths or min(widths) < 1:
+        raise ConfigError(f"a torso needs layers of width 1 or more, got {tuple(widths)}")
+    layers: list[nn.Module] = []
+    for width in widths:
+        linear = nn.Linear(inputs, width)
+        nn.init.orthogonal_(linear.weight, 2**0.5)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+def convolutions(kind: Torso, shape: tuple[int, int, int], width: int) -> nn.Module:
+    """n C H W float to n `width`, non-negative.
+
+    Raises:
+        ConfigError: the picture is too small for the network, or `kind` is none of pictures.
+    """
+    channels = shape[0]
+    if kind == "impala_small":
+        body: list[nn.Module] = [
+            nn.Conv2d(channels, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU(),
+        ]  # fmt: skip
+    elif kind == "nature":
+        body = [
+            nn.Conv2d(channels, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 1), nn.ReLU(),
+        ]  # fmt: skip
+    elif kind == "impala_deep":
+        body = []
+        for wider in (16, 32, 32):
+            body += [nn.Conv2d(channels, wider, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
+            body += [Residual(wider), Residual(wider)]
+            channels = wider
+        body.append(nn.ReLU())
+    else:
+        raise ConfigError(
+            f"{kind} is no torso for pictures; take impala_small, impala_deep, nature"
+        )
+    convolved = nn.Sequential(*body, nn.Flatten())
+    try:
+        features = convolved(torch.zeros(1, *shape)).shape[1]
+    except RuntimeError as error:
+        raise ConfigError(f"pictures of {shape} are too small for the torso {kind}") from error
+    return nn.Sequential(convolved, nn.Linear(features, width), nn.ReLU())
