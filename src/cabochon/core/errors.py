@@ -10,6 +10,8 @@
     |- RunChanged (RuntimeError)       resuming with another config, data or weight file
     |- NonFinite (ArithmeticError)     a loss or a gradient is NaN or infinite
     |- ServerError (OSError)           a server cannot be reached, refuses, or answers nonsense
+    |- ActorDied (RuntimeError)        an actor was killed, raised or hung; what it owed is not done
+    |- Closed (RuntimeError)           a queue or a runtime is closed; whoever works for it ends
     |- MissingExtra (ImportError)      an optional part is not installed
 
 Each message says what came, what was expected and what to do. The second parent lets callers who
@@ -21,8 +23,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "ActorDied",
     "CabochonError",
     "CheckpointError",
+    "Closed",
     "ConfigError",
     "DataError",
     "FolderError",
@@ -89,6 +93,24 @@ class ServerError(CabochonError, OSError):
         super().__init__(message)
         self.status = status
         self.finished: dict[int, object] = {}
+
+
+class ActorDied(CabochonError, RuntimeError):
+    """An actor is gone, and what it was asked for has not been done.
+
+    Attributes:
+        actor: its name.
+        cause: what it died of.
+    """
+
+    def __init__(self, actor: str, cause: str) -> None:
+        super().__init__(f"actor {actor} died: {cause}")
+        self.actor = actor
+        self.cause = cause
+
+
+class Closed(CabochonError, RuntimeError):
+    """A queue or a runtime is closed: nothing more comes out of it or goes into it."""
 
 
 class MissingExtra(CabochonError, ImportError):
