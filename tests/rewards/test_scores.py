@@ -60,7 +60,7 @@ def test_an_error_of_the_reward_names_the_prompt_and_the_sample() -> None:
 
 
 def test_a_wrong_count_is_told() -> None:
-    with pytest.raises(DataError, match=r"\(2, 1\).*expected a tensor of shape \(2, 2\)"):
+    with pytest.raises(DataError, match=r"\(2, 1\), expected a tensor of shape \(2, 2\)"):
         scores(lambda groups: lengths(groups)[:, :1], GROUPS)
     with pytest.raises(DataError, match=r"list, expected a tensor"):
         scores(lambda groups: [1.0, 2.0], GROUPS)  # type: ignore[arg-type]

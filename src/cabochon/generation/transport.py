@@ -82,6 +82,8 @@ class Request(Generic[A]):
     """Whether asking twice does no harm."""
     absent: str = ""
     """What to do where the server has no such endpoint, for the message."""
+    name: str = ""
+    """What messages call the question, where there is more to say than its address."""
     then: Callable[[A], Request[A]] | None = None
     """From the answer to a further request, whose answer takes its place."""
 
@@ -122,6 +124,8 @@ def ask(transport: Transport, requests: Sequence[Request[A]]) -> Iterator[tuple[
                         request = request.then(answer)
                         answer = await _persist(tenacity, httpx, client, transport, request)
                 except ServerError as error:
+                    if request.name:
+                        error.args = (f"{request.name}: {error}",)
                     failures.append(error)
                     group.cancel_scope.cancel()
                 else:

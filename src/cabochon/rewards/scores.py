@@ -47,12 +47,13 @@ class Parted(Protocol):
         ...
 
 
-def scores(reward: RewardFn, groups: Sequence[Group]) -> Scores:
+def scores(reward: RewardFn, groups: Sequence[Group], *, name: str = "") -> Scores:
     """The rewards of all completions, on the device of the first prompt.
 
     Args:
         reward: what judges; asked once, for all groups.
         groups: P, of G completions each.
+        name: what messages call the reward.
 
     Raises:
         DataError: groups differ in size or there are none; the reward raised an error, or gave
@@ -66,16 +67,17 @@ def scores(reward: RewardFn, groups: Sequence[Group]) -> Scores:
             f"the groups have {sizes or 'no'} completions; a reward needs groups of one size, "
             "of at least one completion"
         )
-    given = _ask(reward, groups)
-    _expect_count(given.total, "the rewards", reward, groups)
-    for name, part in given.parts.items():
-        _expect_count(part, f"the reward's part {name}", None, groups)
+    called = f"the reward {name}" if name else "the reward"
+    given = _ask(reward, groups, called)
+    _expect_count(given.total, called, reward, groups)
+    for part, values in given.parts.items():
+        _expect_count(values, f"{called}'s part {part}", None, groups)
     device = groups[0].prompt.device
     return Scores(
-        total=_finite(given.total, "reward", groups).to(device),
+        total=_finite(given.total, called, groups).to(device),
         parts={
-            name: _finite(part, f"reward's part {name}", groups).to(device)
-            for name, part in given.parts.items()
+            part: _finite(values, f"{called}'s part {part}", groups).to(device)
+            for part, values in given.parts.items()
         },
     )
 
@@ -89,14 +91,14 @@ def named(groups: Sequence[Group], prompt: int, sample: int | None = None) -> st
     return f"{said}, sample {sample} (token ids {_ids(group.completions[sample].tokens)})"
 
 
-def _ask(reward: RewardFn, groups: Sequence[Group]) -> Scores:
+def _ask(reward: RewardFn, groups: Sequence[Group], called: str) -> Scores:
     try:
         return _given(reward, groups)
     except CabochonError:
         raise  # it names its sample already
     except Exception as error:  # somebody's code: whatever it raises is named and passed on
         raise DataError(
-            f"the reward failed at {_culprit(reward, groups)}: {type(error).__name__}: {error}"
+            f"{called} failed at {_culprit(reward, groups)}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -138,7 +140,7 @@ def _expect_count(
         return
     where = "" if reward is None else f"; it goes wrong at {_culprit(reward, groups)}"
     raise DataError(
-        f"{what} are {shape}, expected a tensor of shape {expected}: one number for each prompt "
+        f"{what} gave {shape}, expected a tensor of shape {expected}: one number for each prompt "
         f"and sample{where}"
     )
 
@@ -150,7 +152,7 @@ def _finite(values: Tensor, what: str, groups: Sequence[Group]) -> Tensor:
     if broken:
         prompt, sample = broken[0]
         raise NonFinite(
-            f"the {what} of {named(groups, prompt, sample)} is {float(values[prompt, sample])} "
+            f"{what} gave {float(values[prompt, sample])} for {named(groups, prompt, sample)} "
             f"({len(broken)} of {values.numel()} are no finite numbers); a reward must give a "
             "number for every completion"
         )
