@@ -1,0 +1,113 @@
+"""What a policy wrote among what an anchor wrote after the same prompts, by the order of rewards.
+
+Best-of-N distillation learns from this alone, so every strictly increasing transform of the reward
+gives the same updates, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cabochon.core import Group
+from cabochon.core.errors import DataError
+from cabochon.data.continuations import Sequences, written_in
+from cabochon.rewards.experience import Experience
+from cabochon.rewards.ranks import Ties, ranks
+
+__all__ = ["Comparison", "compared", "paired"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """P prompts, G samples of the policy, k of the anchor."""
+
+    groups: tuple[Group, ...]
+    """P of G + 1: behind the policy's samples stands the best of the anchor's first n."""
+    rewards: Tensor
+    """P G+1 float32."""
+    below: Tensor
+    """P G int64: how many of the anchor's k are worth less."""
+    at_most: Tensor
+    """P G int64: how many are worth at most as much."""
+    draws: int
+    """k."""
+    report: Mapping[str, Tensor]
+    """Sums over the prompts: `quantile`, the mean share of the anchor's draws that a sample of the
+    policy is worth at least as much as; `anchor_reward`, the anchor's mean; `equal`, in how many
+    all rewards are equal ranks, so that nothing is to be learned from their order."""
+
+    def rows(self, device: torch.device | str) -> Sequences:
+        """P (G + 1) rows, group by group; the policy's own know what they were drawn with."""
+        size = len(self.groups[0].completions)
+        written = written_in(self.groups, own=True, rewards=self.rewards)
+        return Sequences.of(
+            [
+                replace(each, logprob=None) if row % size == size - 1 else each
+                for row, each in enumerate(written)
+            ],
+            device,
+        )
+
+
+def compared(
+    own: Experience, others: Experience, *, best_of: int, ties: Ties, device: torch.device
+) -> Comparison:
+    """Ranks what the policy wrote among what the anchor wrote.
+
+    Args:
+        own: the policy's.
+        others: the anchor's, after the same prompts, of k samples.
+        best_of: n, at most k: the anchor's best is that of so many; the first of equals.
+        ties: what becomes of equal rewards.
+        device: where the model is that learns from it.
+
+    Raises:
+        DataError: the prompts differ.
+    """
+    rewards, anchors = own.scores.total.to(device), others.scores.total.to(device)
+    mine, theirs = ranks([(own.groups, rewards), (others.groups, anchors)], ties)
+    best = theirs[:, :best_of].argmax(1)
+    chosen = anchors.gather(1, best.unsqueeze(1))
+    at_most = (theirs.unsqueeze(1) <= mine.unsqueeze(2)).sum(-1)
+    return Comparison(
+        groups=tuple(
+            Group(prompt=one.prompt, completions=(*one.completions, other.completions[place]))
+            for one, other, place in zip(own.groups, others.groups, best.tolist(), strict=True)
+        ),
+        rewards=torch.cat([rewards, chosen], dim=1),
+        below=(theirs.unsqueeze(1) < mine.unsqueeze(2)).sum(-1),
+        at_most=at_most,
+        draws=theirs.shape[1],
+        report={
+            "quantile": at_most.float().mean(1).sum() / theirs.shape[1],
+            "anchor_reward": anchors.mean(1).sum(),
+            "equal": (torch.cat([mine, theirs], dim=1).amax(1) == 0).sum().float(),
+        },
+    )
+
+
+def paired(
+    source: Iterator[Experience], samples: int, anchor_samples: int
+) -> Iterator[tuple[Experience, Experience]]:
+    """What policy and anchor wrote for the same micro-batch; a last one without its other is left.
+
+    Raises:
+        DataError: the source has other writers, or other numbers of samples.
+    """
+    for own in source:
+        others = next(source, None)
+        if others is None:
+            return  # the process that recorded it was killed between the two
+        found = [(each.writer, each.number, len(each.groups[0].completions))
+                 for each in (own, others)]  # fmt: skip
+        expected = [("policy", own.number, samples), ("anchor", own.number, anchor_samples)]
+        if found != expected:
+            raise DataError(
+                f"expected (writer, micro-batch, samples) {expected}, got {found}; replay what was "
+                "recorded with the same settings"
+            )
+        yield own, others
