@@ -24,7 +24,17 @@ from cabochon.models.continuation import continued
 from cabochon.models.shards import Shards, staged
 from cabochon.weight_files import weight_files
 
-__all__ = ["DensePrediction", "ForeignCache", "ForeignModel", "read_foreign", "write_foreign"]
+__all__ = [
+    "DensePrediction",
+    "ForeignCache",
+    "ForeignModel",
+    "check_told",
+    "quiet",
+    "read_foreign",
+    "refuse_integer_weights",
+    "transformers_library",
+    "write_foreign",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +53,7 @@ class ForeignCache:
     """transformers' growing cache, and which of its slots hold what."""
 
     def __init__(self, rows: int, capacity: int, *, device: torch.device) -> None:
-        self.past = _transformers().DynamicCache()
+        self.past = transformers_library().DynamicCache()
         self._capacity = capacity
         self._lengths = [0] * rows
         self.held = torch.zeros(rows, 0, dtype=torch.bool, device=device)
@@ -60,7 +70,7 @@ class ForeignCache:
         """This cache, with the past of the chosen rows, in that order; one may be chosen twice."""
         rows = rows.to(self.held.device)
         if len(rows) == 0:
-            self.past = _transformers().DynamicCache()
+            self.past = transformers_library().DynamicCache()
             self.held, self.positions = self.held[:0, :0], self.positions[:0, :0]
         else:
             self.past.batch_select_indices(rows)
@@ -82,7 +92,7 @@ class ForeignCache:
         self.held[rows], self.positions[rows] = False, 0
         self.held[rows, : other.held.shape[1]] = other.held[sources]
         self.positions[rows, : other.held.shape[1]] = other.positions[sources]
-        past, mine = _transformers().DynamicCache(), self.past.layers
+        past, mine = transformers_library().DynamicCache(), self.past.layers
         for number, theirs in enumerate(other.past.layers):
             both = []
             for name in ("keys", "values"):
@@ -247,12 +257,12 @@ def read_foreign(
         FolderError: a file is absent, damaged, or of an architecture that transformers lacks.
         WeightsMismatch: a tensor is missing, surplus, misshaped or of an integer type.
     """
-    transformers = _transformers()
+    transformers = transformers_library()
     folder = Path(folder)
     weight_files(folder)
-    shards = Shards(folder)
+    Shards(folder)
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             inner, told = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype or "auto",
@@ -264,9 +274,8 @@ def read_foreign(
             )
     except (OSError, ValueError, KeyError) as error:
         raise FolderError(f"transformers cannot read {folder}: {error}") from error
-    _check_told(told)
-    for name in shards.names & dict(inner.named_parameters()).keys():
-        shards.dtype(name)
+    check_told(told)
+    refuse_integer_weights(folder, inner)
     return ForeignModel(inner.to(device).eval())
 
 
@@ -283,11 +292,27 @@ def write_foreign(
     Raises:
         FolderError: a file could not be written.
     """
-    with _quiet(_transformers()), staged(Path(folder)) as aside:
+    with quiet(transformers_library()), staged(Path(folder)) as aside:
         model.inner.save_pretrained(aside, max_shard_size=max_shard_bytes)
 
 
-def _transformers() -> Any:
+def refuse_integer_weights(folder: Path, inner: nn.Module) -> None:
+    """A parameter must be stored as a floating-point tensor.
+
+    Raises:
+        WeightsMismatch: one is not; it is named.
+    """
+    shards = Shards(folder)
+    for name in shards.names & dict(inner.named_parameters()).keys():
+        shards.dtype(name)
+
+
+def transformers_library() -> Any:
+    """transformers, imported now.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -296,7 +321,7 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without a progress bar in a caller's output, nor warnings of what we make errors."""
     logging = transformers.utils.logging
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -310,8 +335,12 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_told(told: dict[str, Any]) -> None:
-    """Turn what transformers only warns of into errors."""
+def check_told(told: dict[str, Any]) -> None:
+    """Turn what transformers only warns of into errors.
+
+    Raises:
+        WeightsMismatch: a tensor is missing, surplus or misshaped.
+    """
     for key, problem in (
         ("missing_keys", "lack"),
         ("unexpected_keys", "hold, without a place for it,"),

@@ -25,7 +25,11 @@ _HEAD = "lm_head.weight"
 
 
 def read_gemma(
-    folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    beside: frozenset[str] = frozenset(),
 ) -> Gemma:
     """The Gemma in a Hugging Face folder.
 
@@ -33,6 +37,7 @@ def read_gemma(
         folder: config.json and safetensors, in one file or several.
         dtype: cast to this type; None keeps the type of the files, which must then be one.
         device: where the parameters go.
+        beside: names of tensors that are no part of the decoder and may stand beside it.
 
     Raises:
         FolderError: a file is absent, incomplete or damaged.
@@ -56,9 +61,9 @@ def read_gemma(
             "it to what the files hold"
         ) from error
     parts = _parts(model)
-    _check_names(shards, parts)
+    _check_names(shards, parts, beside)
     _check_shapes(shards, parts, model, folder)
-    dtype = dtype or _common_dtype(shards)
+    dtype = dtype or _common_dtype(shards, beside)
     weights = {
         name: torch.empty(weight.shape, dtype=dtype, device=device)
         for name, weight in model.named_parameters()
@@ -70,13 +75,20 @@ def read_gemma(
     return model.eval()
 
 
-def write_gemma(model: Gemma, folder: Path | str, *, max_shard_bytes: int = 4 * 1024**3) -> None:
+def write_gemma(
+    model: Gemma,
+    folder: Path | str,
+    *,
+    max_shard_bytes: int = 4 * 1024**3,
+    beside: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write config.json and safetensors that transformers reads, in the type of the parameters.
 
     Args:
         model: a Gemma with weights.
         folder: made if absent; weights of an earlier save in it are replaced.
         max_shard_bytes: of one safetensors file; larger models are split under an index.
+        beside: further tensors, by the names that they get in the files.
 
     Raises:
         FolderError: a file could not be written.
@@ -85,7 +97,7 @@ def write_gemma(model: Gemma, folder: Path | str, *, max_shard_bytes: int = 4 * 
     folder.mkdir(parents=True, exist_ok=True)
     config = config_to_hf(model.config)
     config["dtype"] = str(model.embedding.dtype).removeprefix("torch.")
-    write_shards(folder, dict(hf_tensors(model)), max_shard_bytes)
+    write_shards(folder, {**dict(hf_tensors(model)), **(beside or {})}, max_shard_bytes)
     write_json(folder / "config.json", config)
 
 
@@ -127,9 +139,9 @@ def _parts(model: Gemma) -> dict[str, tuple[str, int, int]]:
     return parts
 
 
-def _check_names(shards: Shards, parts: Mapping[str, object]) -> None:
+def _check_names(shards: Shards, parts: Mapping[str, object], beside: frozenset[str]) -> None:
     missing = [name for name in parts if name not in shards.names]
-    surplus = sorted(shards.names - parts.keys() - {_HEAD})
+    surplus = sorted(shards.names - parts.keys() - {_HEAD} - beside)
     if missing:
         near = get_close_matches(missing[0], surplus, n=1)
         hint = f" (is {near[0]} meant?)" if near else ""
@@ -164,9 +176,9 @@ def _check_head(shards: Shards) -> None:
         )
 
 
-def _common_dtype(shards: Shards) -> torch.dtype:
+def _common_dtype(shards: Shards, beside: frozenset[str]) -> torch.dtype:
     by_type: dict[torch.dtype, str] = {}
-    for name in sorted(shards.names):
+    for name in sorted(shards.names - beside):
         by_type.setdefault(shards.dtype(name), name)
     if len(by_type) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in by_type.items())
