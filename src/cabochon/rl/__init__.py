@@ -1,1 +1,1 @@
-"""Reinforcement learning with environments: actors, central inference, unrolls, replay."""
+"""Many environments, one batched inference, one learner: the architecture of SEED RL."""
