@@ -11,15 +11,21 @@ from pathlib import Path
 
 import torch
 
-from cabochon.core.errors import TokenizerMismatch
+from cabochon.core.errors import FolderError, TokenizerMismatch
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.files import sha256_of
 from cabochon.models.foreign import ForeignModel, read_foreign, write_foreign
 from cabochon.models.gemma.convert import read_gemma, write_gemma
 from cabochon.models.gemma.decoder import Gemma
+from cabochon.models.reward_head import (
+    RewardModel,
+    is_reward_model,
+    read_reward_model,
+    write_reward_model,
+)
 from cabochon.weight_files import read_json, weight_files, write_json
 
-__all__ = ["check_tokenizer", "fingerprint", "load", "load_model", "save"]
+__all__ = ["check_tokenizer", "fingerprint", "load", "load_model", "load_reward", "save"]
 
 _OURS = "cabochon"
 
@@ -45,12 +51,23 @@ def load(
         MissingExtra: the model is no Gemma, and transformers is not installed.
     """
     folder = Path(folder)
-    # First what is quick to read: weights may take minutes.
-    values = read_json(folder / "config.json")
-    weight_files(folder)
-    tokenizer = Tokenizer.load(folder)
-    _check_recorded(folder, values, tokenizer)
+    tokenizer = _tokenizer(folder)
     model = load_model(folder, dtype=dtype, device=device)
+    check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def load_reward(
+    folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[RewardModel, Tokenizer]:
+    """As `load`, of a folder whose model gives one number for a text.
+
+    Raises:
+        FolderError: also where the folder holds a model that writes.
+    """
+    folder = Path(folder)
+    tokenizer = _tokenizer(folder)
+    model = read_reward_model(folder, dtype, device)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -61,19 +78,24 @@ def load_model(
     """The model of a Hugging Face folder: a Gemma by our decoder, any other by transformers.
 
     Raises:
-        FolderError: a file is absent, incomplete or damaged.
+        FolderError: a file is absent, incomplete or damaged; or the folder holds a reward model.
         ConfigError: config.json describes a Gemma that our decoder does not compute.
         WeightsMismatch: a tensor is missing, surplus, misshaped or of another type.
         MissingExtra: the model is no Gemma, and transformers is not installed.
     """
     folder = Path(folder)
+    if is_reward_model(folder):
+        raise FolderError(
+            f"{folder} holds a reward model, which judges texts and writes none; name it where a "
+            "reward is asked for (--reward)"
+        )
     kind = read_json(folder / "config.json").get("model_type")
     read = read_gemma if kind in ("gemma", "gemma2") else read_foreign
     return read(folder, dtype, device)
 
 
 def save(
-    model: Gemma | ForeignModel,
+    model: Gemma | ForeignModel | RewardModel,
     tokenizer: Tokenizer,
     folder: Path | str,
     *,
@@ -96,7 +118,9 @@ def save(
     # The tokenizer first: what a crash leaves of a save over an earlier one is then refused by the
     # fingerprint in the earlier config.json.
     tokenizer.save(folder)
-    if isinstance(model, Gemma):
+    if isinstance(model, RewardModel):
+        write_reward_model(model, folder, max_shard_bytes=max_shard_bytes)
+    elif isinstance(model, Gemma):
         write_gemma(model, folder, max_shard_bytes=max_shard_bytes)
     else:
         write_foreign(model, folder, max_shard_bytes=max_shard_bytes)
@@ -114,7 +138,7 @@ def fingerprint(folder: Path | str) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in weight_files(Path(folder))}
 
 
-def check_tokenizer(model: Gemma | ForeignModel, tokenizer: Tokenizer) -> None:
+def check_tokenizer(model: Gemma | ForeignModel | RewardModel, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer whose ids the model has no rows for, or gives another meaning.
 
     Raises:
@@ -122,6 +146,8 @@ def check_tokenizer(model: Gemma | ForeignModel, tokenizer: Tokenizer) -> None:
             are padded), or, for a Gemma, another BOS, EOS or padding than the configuration; a
             tokenizer that pads with EOS has no padding of its own to compare.
     """
+    if isinstance(model, RewardModel):
+        model = model.backbone
     if isinstance(model, ForeignModel):
         rows = model.inner.get_input_embeddings().weight.shape[0]
         _check_rows(rows, tokenizer)
@@ -137,6 +163,15 @@ def check_tokenizer(model: Gemma | ForeignModel, tokenizer: Tokenizer) -> None:
                 f"the tokenizer the model was made with, or set {name}_id in the model's "
                 "configuration before it is trained"
             )
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """The folder's, once it is sure to be the one that was saved; before weights take minutes."""
+    values = read_json(folder / "config.json")
+    weight_files(folder)
+    tokenizer = Tokenizer.load(folder)
+    _check_recorded(folder, values, tokenizer)
+    return tokenizer
 
 
 def _check_rows(rows: int, tokenizer: Tokenizer) -> None:

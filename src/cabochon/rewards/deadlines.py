@@ -41,7 +41,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 def _interrupted(seconds: float, call: Callable[[], T]) -> T:
     def ring(_number: int, _frame: FrameType | None) -> None:
-        raise Overdue
+        raise Overdue(f"it took longer than {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, ring)
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -66,7 +66,7 @@ def _left_behind(seconds: float, call: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise Overdue
+        raise Overdue(f"it took longer than {seconds:g} s")
     if raised:
         raise raised[0]
     return returned[0]
