@@ -1,7 +1,7 @@
 """Policies that write a single token after a prompt of one: every law and divergence is a sum.
 
-    world = Table(prompts=16, outcomes=32, key=Key(0))
-    law = world.law()                # prompts outcomes, log-probabilities
+world = Table(prompts=16, outcomes=32, key=Key(0))
+law = world.law()                # prompts outcomes, log-probabilities
 """
 
 from __future__ import annotations
