@@ -2,7 +2,7 @@
 
     mlp           linear layers of the given widths with tanh between them
     impala_small  conv 16 8x8/4, 32 4x4/2, linear
-    impala_deep   3 stages of 16, 32, 32 channels (conv 3x3, max-pool 3/2, two residual blocks), linear
+    impala_deep   3 stages (16, 32, 32 channels: conv 3x3, max-pool 3/2, 2 residual blocks), linear
     nature        conv 32 8x8/4, 64 4x4/2, 64 3x3/1, linear
 
 Source: Espeholt et al. 2018 (IMPALA), arXiv:1802.01561, figure 3 for both of its networks; Mnih et
