@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cabochon.core.errors import ActorDied
+from cabochon.core.errors import ActorDied, CabochonError
 
 __all__ = ["STARTUP_S", "Body", "Handle", "Ledger", "Recipe", "cause_of"]
 
@@ -93,6 +93,11 @@ class Ledger:
         if future is not None:
             future.set_result(result)
 
+    def forget(self, number: int) -> None:
+        """The call was never made."""
+        with self._lock:
+            self._owed.pop(number, None)
+
     def die(self, cause: str, source: BaseException | None = None) -> None:
         """The first cause counts; whoever is owed an answer is told of it."""
         with self._lock:
@@ -152,7 +157,11 @@ class Handle:
             if isinstance(entered, Future):
                 return entered
             number, future = entered
-            self.body.post(number, method, arguments, named)
+            try:
+                self.body.post(number, method, arguments, named)
+            except CabochonError:
+                self.ledger.forget(number)
+                raise
         return future
 
     def kill(self, cause: str, /) -> None:
