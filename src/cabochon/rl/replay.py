@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cabochon.core.errors import ConfigError, DataError, NonFinite
 
-__all__ = ["Drawn", "Replay", "SumTree", "inserts_before", "replay_bytes"]
+__all__ = ["Drawn", "Pace", "Replay", "SumTree", "inserts_before", "replay_bytes"]
 
 Spec = Mapping[str, tuple[tuple[int, ...], DTypeLike]]
 """Field of an item -> its shape and type."""
@@ -212,6 +212,20 @@ class Replay:
                     f"field {name!r} is {came.dtype} of shape {came.shape}, "
                     f"expected {stored.dtype} of shape {(rows, *stored.shape[1:])}"
                 )
+
+
+@dataclass
+class Pace:
+    """Where a learner's time went, in seconds; a learner that mostly waits is starved."""
+
+    waiting: float = 0.0
+    """For new sequences."""
+    learning: float = 0.0
+
+    @property
+    def starved(self) -> float:
+        """Share of the time that was spent waiting."""
+        return self.waiting / max(self.waiting + self.learning, 1e-9)
 
 
 def inserts_before(update: int, *, batch: int, ratio: float, minimum: int) -> int:
