@@ -70,10 +70,10 @@ def test_a_hundred_actors_with_delays_of_their_own_are_each_answered_once():
     assert min(witness.answered.values()) > 10
     assert server.counts.partial < server.counts.batches
     assert server.counts.steps <= 32 * server.counts.batches
-    # And every transition that was completed is in one unroll.
+    # And every transition that was completed is in one unroll; an arrival may await its answer.
     for number in range(100):
-        own = [each for each in unrolls if each.environment == number]
-        assert abs(len(own) - (witness.answered[number] - 1) // 4) == 0
+        own, answered = sum(u.environment == number for u in unrolls), witness.answered[number]
+        assert own in {(answered - 1) // 4, answered // 4}
 
 
 def test_a_partial_batch_goes_when_its_deadline_comes():

@@ -4,9 +4,8 @@ For each environment the server keeps its recurrent state and the action before;
 of either. What was seen, said and chosen goes into the unrolls. An environment's random numbers
 depend on its own number, run and step alone, never on who shares a batch with it.
 
-The order of one batch follows Espeholt et al. 2020 (SEED RL), arXiv:1910.06591: forget what belongs
-to an earlier run; ask the network; append to the unrolls with the state from before; keep the new
-state and the action.
+Source: Espeholt et al. 2020 (SEED RL), arXiv:1910.06591. Differs: an unroll is complete before the
+network is asked about its last observation, not after.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def sample(outputs: Mapping[str, Tensor], _environments: Array, uniform: Array) 
 
 
 class Inference:
-    """The server's state; one thread at a time calls `infer`, any thread `publish`."""
+    """The server's state; one thread at a time calls `receive` and `answer`, any `publish`."""
 
     def __init__(
         self,
@@ -86,18 +85,26 @@ class Inference:
                 own[name].copy_(tensor)
             self.version = version
 
-    def infer(self, arrival: Arrival) -> tuple[Array, list[Unroll]]:
-        """An action for every environment that arrived (n int64), and the unrolls completed.
+    def receive(self, arrival: Arrival) -> list[Unroll]:
+        """Environments that arrived wait for an action from now on; the unrolls they completed.
 
         Raises:
             DataError: an environment arrives twice in a batch.
-            NonFinite: the network says something that is not finite.
         """
         ids = arrival.ids
         anew = self.run[ids] != arrival.run
         self._forget(ids[anew], arrival.run[anew])
         rows = torch.from_numpy(ids).to(self.device)
-        before = [part[rows] for part in self.memory]
+        return self.store.arrive(arrival, [part[rows].cpu().numpy() for part in self.memory])
+
+    def answer(self, arrival: Arrival) -> Array:
+        """An action for every environment that was received, n int64.
+
+        Raises:
+            NonFinite: the network says something that is not finite.
+        """
+        ids = arrival.ids
+        rows = torch.from_numpy(ids).to(self.device)
         with self.weights_lock, torch.inference_mode():
             version = self.version
             outputs, after = self.network(
@@ -105,20 +112,18 @@ class Inference:
                 torch.from_numpy(self.previous[ids]).to(self.device),
                 torch.from_numpy(arrival.reward).to(self.device),
                 torch.from_numpy(arrival.first).to(self.device),
-                tuple(before),
+                tuple(part[rows] for part in self.memory),
             )
         said = {name: value.float().cpu().numpy() for name, value in outputs.items()}
         if not all(np.isfinite(value).all() for value in said.values()):
             raise NonFinite(f"the network of version {version} says {said} of what it sees")
         actions = self.choose(outputs, ids, self._uniform(ids))
-        unrolls = self.store.append(
-            arrival, actions, said, [part.cpu().numpy() for part in before], version
-        )
+        self.store.choose(ids, actions, said, version)
         for part, new in zip(self.memory, after, strict=True):
             part[rows] = new.clone()
         self.previous[ids] = actions
         self.steps[ids] += 1
-        return actions, unrolls
+        return actions
 
     def state(self) -> dict[str, Array]:
         """Everything but the weights, as arrays, for `restore`."""

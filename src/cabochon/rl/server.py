@@ -137,6 +137,7 @@ class Server:
         self.wanted = config.inference_batch or config.total
         self.ready: SimpleQueue[tuple[int, Future[Any]]] = SimpleQueue()
         self.held: list[tuple[int, Arrival]] = []
+        self.arrived: list[tuple[int, Arrival]] = []
         per = config.environments
         self.seats = [
             _Seat(
@@ -149,37 +150,51 @@ class Server:
         ]  # fmt: skip
 
     def begin(self) -> None:
-        """Every environment begins anew. Also how another server takes the actors over."""
+        """Every environment begins anew, with what was there before forgotten."""
+        self.arrived, self.held = [], []
         for number in range(len(self.seats)):
             self._begin(number)
 
     def turn(self, timeout: float = 0.1) -> list[Unroll]:
-        """One batch: whoever has arrived is answered. The unrolls that were completed by it.
+        """Answers who arrived in the last turn, then receives who arrives now.
+
+        So whoever calls this may bring newer weights in between.
 
         Args:
             timeout: seconds to wait for a first arrival; without one there is nothing to answer.
+
+        Returns:
+            The unrolls that were completed by what arrived.
 
         Raises:
             DataError: the environments of an actor failed again and again; the cause is named.
             NonFinite: the network says something that is not finite.
         """
-        arrived = self._gather(timeout)
-        if not arrived:
+        self._answer()
+        self.arrived = self._gather(timeout)
+        if not self.arrived:
             return []
-        arrival = Arrival.joined([each for _, each in arrived])
-        actions, unrolls = self.inference.infer(arrival)
+        unrolls = self.inference.receive(Arrival.joined([each for _, each in self.arrived]))
+        for unroll in unrolls:
+            self.seats[unroll.environment // self.config.environments].deaths = 0
+        return unrolls
+
+    def _answer(self) -> None:
+        """Those who arrived in the turn before, with the weights as they are now."""
+        if not self.arrived:
+            return
+        arrival = Arrival.joined([each for _, each in self.arrived])
+        actions = self.inference.answer(arrival)
         if self.observe is not None:
             self.observe(arrival, actions)
         self.counts.batches += 1
         self.counts.steps += len(actions)
         self.counts.partial += len(actions) < self.wanted
         at = 0
-        for number, each in arrived:
+        for number, each in self.arrived:
             self._ask(number, "step", actions[at : at + len(each.ids)])
             at += len(each.ids)
-        for unroll in unrolls:
-            self.seats[unroll.environment // self.config.environments].deaths = 0
-        return unrolls
+        self.arrived = []
 
     def state(self) -> dict[str, Array]:
         """Where every environment is, for `restore`. Between two turns of an `inline` runtime.
@@ -188,16 +203,18 @@ class Server:
             ConfigError: an actor is busy; what it will bring cannot be saved.
         """
         self._drain()
-        if len(self.held) != len(self.seats):
+        present = self.arrived + self.held
+        if len(present) != len(self.seats):
             raise ConfigError("actors are busy: only with --runtime inline can their state be kept")
         saved = {"next_run": np.array([self.next_run])}
-        for number, arrival in self.held:
+        for number, arrival in present:
             seat = self.seats[number]
             history = seat.actor.call("history").result()
             saved |= {f"{number}.history.{name}": value for name, value in history.items()}
             saved |= {f"{number}.arrival.{name}": value for name, value in vars(arrival).items()}
             saved[f"{number}.seat"] = np.array([seat.deaths, seat.run])
-        saved["order"] = np.array([number for number, _ in self.held])
+        saved["order"] = np.array([number for number, _ in present])
+        saved["received"] = np.array([len(self.arrived)])
         return saved
 
     def restore(self, saved: Mapping[str, Array]) -> int:
@@ -209,13 +226,14 @@ class Server:
         """
         self.next_run = int(saved["next_run"][0])
         anew = 0
-        for number in saved["order"].tolist():
+        for place, number in enumerate(saved["order"].tolist()):
             seat = self.seats[number]
             seat.deaths, seat.run = saved[f"{number}.seat"].tolist()
             arrival = Arrival(**_below(saved, f"{number}.arrival."))
             history = _below(saved, f"{number}.history.")
             if seat.actor.call("restore", history, arrival.observation).result():
-                self.held.append((number, arrival))
+                received = place < saved["received"][0]
+                (self.arrived if received else self.held).append((number, arrival))
             else:
                 anew += 1
                 self._begin(number)

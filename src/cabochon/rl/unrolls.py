@@ -3,7 +3,9 @@
 A step t of an unroll is an observation, the action and reward *before* it, and what the network
 said and which action it chose there. An unroll of length T with an overlap has overlap + T + 1
 steps, of which the next one begins with the last overlap + 1: the loss counts the transitions from
-steps overlap .. overlap + T - 1, so that each is counted once. Unrolls go on across episodes.
+steps overlap .. overlap + T - 1, so that each is counted once. Unrolls go on across episodes. One
+is complete when its last observation has arrived, before anything is chosen there, so that a
+learner may update the weights first.
 
 The recurrent state that an unroll carries is the one from before its step 0, caught when that step
 was taken, so that whatever is run over the overlap (a burn-in) begins where the actor was.
@@ -34,7 +36,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Unroll:
-    """Steps of one environment: N = overlap + T + 1 of them."""
+    """Steps of one environment: N = overlap + T + 1 observations, and an action between each."""
 
     environment: int
     run: int
@@ -53,11 +55,11 @@ class Unroll:
     truncated: Array
     """N bool: the episode was cut short there; see `final_observation`."""
     action: Array
-    """N int64: chosen here."""
+    """N-1 int64: chosen here."""
     outputs: Mapping[str, Array]
-    """N ...: what the network said here (logits, value, q)."""
+    """N-1 ...: what the network said here (logits, value, q)."""
     version: Array
-    """N int64: of the weights that said so."""
+    """N-1 int64: of the weights that said so."""
     state: tuple[Array, ...]
     """... each: from before step 0."""
     final_step: Array
@@ -71,18 +73,21 @@ class UnrollBatch:
     """B unrolls, time-major."""
 
     observation: Tensor
-    """N B ...; the others as in `Unroll`, N B."""
+    """N B ...."""
     previous_action: Tensor
+    """N B, as the next four."""
     reward: Tensor
     first: Tensor
     terminated: Tensor
     truncated: Tensor
     action: Tensor
+    """N-1 B."""
     version: Tensor
+    """N-1 B."""
     begins: Tensor
     """B bool."""
     outputs: Mapping[str, Tensor]
-    """N B ...."""
+    """N-1 B ...."""
     state: State
     """B ... each."""
     finals: Finals
@@ -100,11 +105,10 @@ class UnrollBatch:
         return UnrollBatch(**moved)
 
 
-STEPS = (
-    "observation", "previous_action", "reward", "first", "terminated", "truncated", "action",
-    "version",
-)  # fmt: skip
-"""Columns of an unroll, but for the outputs."""
+SEEN = ("observation", "previous_action", "reward", "first", "terminated", "truncated")
+"""Columns of what arrives: of every step."""
+CHOSEN = ("action", "version")
+"""Columns of what is chosen, beside the outputs: of every step but the last."""
 
 
 def stack(unrolls: Sequence[Unroll]) -> UnrollBatch:
@@ -117,7 +121,7 @@ def stack(unrolls: Sequence[Unroll]) -> UnrollBatch:
         raise DataError(f"unrolls of one length are needed, got {[len(u.action) for u in unrolls]}")
     columns = {
         name: torch.from_numpy(np.stack([getattr(each, name) for each in unrolls], 1))
-        for name in STEPS
+        for name in (*SEEN, *CHOSEN)
     }
     rows = np.repeat(np.arange(len(unrolls)), [len(each.final_step) for each in unrolls])
     finals = Finals(
@@ -173,22 +177,12 @@ class UnrollStore:
         self.finals[environment] = {}
         self.previous[environment] = 0
 
-    def append(
-        self,
-        arrival: Arrival,
-        actions: Array,
-        outputs: Mapping[str, Array],
-        state: Sequence[Array],
-        version: int,
-    ) -> list[Unroll]:
-        """One more step of each environment that arrived, and the unrolls that it completed.
+    def arrive(self, arrival: Arrival, state: Sequence[Array]) -> list[Unroll]:
+        """One more observation of each environment that arrived, and the unrolls it completed.
 
         Args:
             arrival: n environments, each once; one whose run is new loses what was under way.
-            actions: n int64, what was chosen.
-            outputs: n ... each, what the network said.
-            state: n ... each, from *before* this step (not yet zeroed where an episode begins).
-            version: of the weights.
+            state: n ... each, from before this step (not yet zeroed where an episode begins).
 
         Raises:
             DataError: an environment arrives twice, or is none of the store's.
@@ -201,20 +195,9 @@ class UnrollStore:
         for place in np.flatnonzero(self.run[ids] != arrival.run).tolist():
             self.drop(int(ids[place]), int(arrival.run[place]))
         at = self.cursor[ids]
-        row = {
-            "observation": arrival.observation,
-            "previous_action": self.previous[ids],
-            "reward": arrival.reward,
-            "first": arrival.first,
-            "terminated": arrival.terminated,
-            "truncated": arrival.truncated,
-            "action": actions,
-            "version": np.full(len(ids), version, np.int64),
-            **{f"outputs.{name}": value for name, value in outputs.items()},
-        }
-        for name, value in row.items():
+        for name in SEEN:
+            value = self.previous[ids] if name == "previous_action" else getattr(arrival, name)
             self._column(name, value)[ids, at] = value
-        self.previous[ids] = actions
         for place in np.flatnonzero(arrival.truncated[arrival.ended]).tolist():
             each = int(arrival.ended[place])
             if at[each] > 0:
@@ -222,6 +205,24 @@ class UnrollStore:
         self._catch(ids, at, state)
         self.cursor[ids] += 1
         return [self._completed(each) for each in ids[at == self.steps - 1].tolist()]
+
+    def choose(
+        self, ids: Array, actions: Array, outputs: Mapping[str, Array], version: int
+    ) -> None:
+        """What was chosen at the observations that arrived last.
+
+        Args:
+            ids: n int64, the environments.
+            actions: n int64.
+            outputs: n ... each, what the network said.
+            version: of its weights.
+        """
+        at = self.cursor[ids] - 1
+        chosen = {"action": actions, "version": np.full(len(ids), version, np.int64)}
+        chosen |= {f"outputs.{name}": value for name, value in outputs.items()}
+        for name, value in chosen.items():
+            self._column(name, value)[ids, at] = value
+        self.previous[ids] = actions
 
     def state(self) -> dict[str, Array]:
         """Everything under way, as arrays, for `restore`."""
@@ -278,9 +279,10 @@ class UnrollStore:
             environment=environment,
             run=int(self.run[environment]),
             begins=bool(self.begins[environment]),
-            **{name: column[name] for name in STEPS},
+            **{name: column[name] for name in SEEN},
+            **{name: column[name][:-1] for name in CHOSEN},
             outputs={
-                name.removeprefix("outputs."): value
+                name.removeprefix("outputs."): value[:-1]
                 for name, value in column.items()
                 if name.startswith("outputs.")
             },
