@@ -246,7 +246,8 @@ def _turns(value: Any, name: str, source: str) -> tuple[Message, ...]:
             raise DataError(
                 f"{source}: message {number} of {name!r} has no strings 'role' and 'content'"
             )
-        turns.append(Message(_ROLES.get(each["role"], each["role"]), each["content"]))
+        role = str(each["role"])
+        turns.append(Message(_ROLES.get(role, role), str(each["content"])))
     return tuple(turns)
 
 
