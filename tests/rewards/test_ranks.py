@@ -98,7 +98,7 @@ def test_a_comparison_counts_the_anchors_draws_and_keeps_its_best() -> None:
     ]  # first of equals
     assert found.rewards.tolist() == [[0.5, -1.0, 3.0], [2.0, 2.5, 2.0]]
     assert found.report["quantile"].item() == pytest.approx((2 + 1 + 2 + 2) / 2 / 3)
-    assert found.report["equal"].item() == 0.0
+    assert found.report["sum_silent"].item() == 0.0
     rows = found.rows("cpu")
     assert rows.own.tolist() == [True, True, False] * 2
     assert rows.recorded[2].abs().sum() == 0.0
@@ -109,8 +109,8 @@ def test_prompts_of_equal_rewards_are_counted() -> None:
     own = experience(OWN, [[1.0, 1.0], [1.0, 0.0]], "policy")
     others = experience(OTHERS, [[1.0] * 3, [1.0] * 3], "anchor")
     device = torch.device("cpu")
-    assert compared(own, others, best_of=3, ties="equal", device=device).report["equal"].item() == 1
-    assert compared(own, others, best_of=3, ties="hash", device=device).report["equal"].item() == 0
+    assert compared(own, others, best_of=3, ties="equal", device=device).report["sum_silent"] == 1
+    assert compared(own, others, best_of=3, ties="hash", device=device).report["sum_silent"] == 0
 
 
 def test_pairs_are_of_one_micro_batch_and_a_lonely_last_one_is_left() -> None:

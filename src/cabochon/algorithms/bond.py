@@ -9,9 +9,8 @@ every so many updates (iterative BOND: best of n again and again).
     (1 - beta) KL(best-of-N || pi) + beta KL(pi || best-of-N) + gamma KL(pi || anchor)
 
 Deviations: gamma's gradient descends its KL, +grad log pi * log(pi / anchor), where algorithm 2
-prints the opposite sign; it has a leave-one-out baseline, as the backward part has. The factor B of
-theorem 1, left out there as nearly constant, is kept where quantiles are estimated: with rewards of
-few values it is anything but constant. Equal rewards may be ordered by a hash.
+prints the opposite sign; it has a baseline, as the backward part has. The factor B of theorem 1,
+left out there, is kept where quantiles are estimated. Equal rewards may be ordered by a hash.
 """
 
 from __future__ import annotations
@@ -26,16 +25,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cabochon.core import Backbone, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
-from cabochon.core.errors import ConfigError
+from cabochon.core.errors import ConfigError, Diverged
 from cabochon.data.continuations import Sequences, prompts_of
 from cabochon.generation.engine import Settings
 from cabochon.generation.modes import device_of
 from cabochon.generation.score import score
 from cabochon.losses import best_of_n_distillation as target
-from cabochon.losses import linear
-from cabochon.losses.f_divergences import KL
-from cabochon.losses.policy_gradient import policy_gradient
-from cabochon.losses.tempering import tempered, text_targets
+from cabochon.losses.policy_gradient import logprobs, policy_gradient
+from cabochon.losses.tempering import tempered
 from cabochon.rewards.comparison import compared, paired
 from cabochon.rewards.experience import Experience, Observe, draw
 from cabochon.rewards.ranks import Ties
@@ -61,7 +58,7 @@ class Config:
     """log p_<= from c of k draws: -log 16 for c = 0, else 0 (two_draws, of k = 2); log c/k, and
     log 1/(2k) for c = 0 (floor); log (c+1)/(k+2) (add_one)."""
     level_factor: bool = True
-    """Count B of theorem 1 (floor, add_one); without it rewards of few values teach little."""
+    """Whether B of theorem 1 counts (floor, add_one); without it few values teach little."""
     ties: Ties = "equal"
     """Equal rewards are equal, or ordered by a hash of prompt and completion."""
     samples: int = 1
@@ -70,6 +67,8 @@ class Config:
     """k, of the anchor for each prompt; the first n compete to be its best."""
     baseline: Literal["batch", "prompt"] = "batch"
     """Mean return of the other samples of the micro-batch, or of the prompt."""
+    max_kl: float = 8.0
+    """The run stops when KL to the anchor is above so many nats a token."""
     anchor: Literal["ema", "copy", "frozen"] = "ema"
     """What the anchor does after each update."""
     anchor_rate: float = 0.02
@@ -102,6 +101,7 @@ class Config:
             (not 0.0 <= self.regularisation < float("inf"), "regularisation must be at least 0"),
             (min(self.steps, self.accumulate, self.samples) < 1,
              "steps, accumulate and samples must be at least 1"),
+            (not self.max_kl > 0.0, "max_kl must be above 0; infinity never stops"),
             (self.quantile == "two_draws" and (self.n, self.anchor_samples) != (2, 2),
              "two_draws is of n 2 and anchor_samples 2; for others take quantile floor or add_one"),
             (self.baseline == "prompt" and self.samples < 2,
@@ -182,15 +182,15 @@ def judged(
     counted = config.level_factor and config.quantile != "two_draws"
     factor = target.log_level_factor(found.below, found.at_most, config.n) if counted else None
 
-    def logprob(model: Policy) -> Tensor:
+    def likely(model: Policy) -> Tensor:
         rows = score(model, found.groups, temperature=config.sampling_temperature)
         sums = [torch.stack([each.sum() for each in row]) for row in rows]
         return torch.stack(sums).to(log_p.device)
 
     return Drawn(
         rows=found.rows(log_p.device),
-        anchor=logprob(anchor),
-        beginning=None if beginning is None else logprob(beginning),
+        anchor=likely(anchor),
+        beginning=None if beginning is None else likely(beginning),
         tilt=target.log_tilt(log_p, config.n, factor),
         report={**found.report, "log_quantile": log_p.mean(1).sum()},
     )
@@ -205,10 +205,14 @@ def objective(config: Config) -> Objective[Policy, Drawn]:
     def loss(policy: Policy, drawn: Drawn) -> Loss:
         batch, prediction = drawn.rows.batch, policy(drawn.rows.batch)
         law = tempered(prediction, config.sampling_temperature)
-        surprisal = torch.zeros_like(drawn.rows.recorded)
-        surprisal[batch.mask] = linear.divergence_values(law, text_targets(batch), batch, KL())
-        logprob = -surprisal.sum(1).view_as(drawn.anchor)
+        logprob = logprobs(law, batch).sum(1).view_as(drawn.anchor)
         log_ratio, best = (logprob - drawn.anchor).split([config.samples, 1], dim=1)
+        tokens = batch.mask[drawn.rows.own].sum()
+        distance = float(log_ratio.sum() / tokens)
+        if not distance <= config.max_kl:
+            raise Diverged(f"KL to the anchor is {distance:.1f} nats a token, above max_kl "
+                           f"{config.max_kl:g}; nothing was learned from that. Lower the learning "
+                           "rate, raise regularisation, or look at the reward")  # fmt: skip
         gain = target.jeffreys_gains(drawn.tilt, log_ratio, backward=config.backward,
                                      regularisation=config.regularisation,
                                      within_prompt=config.baseline == "prompt")  # fmt: skip
@@ -218,11 +222,12 @@ def objective(config: Config) -> Objective[Policy, Drawn]:
             "forward_kl": target.reference_divergence(config.n) * prompts - best.sum(),
             "backward_kl": (log_ratio - drawn.tilt).mean(1).sum(),
             "kl_anchor": log_ratio.mean(1).sum(),
-            "entropy": -logprob[:, :-1].mean(1).sum(),
         }
         if drawn.beginning is not None:
             report["kl_start"] = (logprob - drawn.beginning)[:, :-1].mean(1).sum()
         sums = rollout_metrics.sums(drawn.rows, prediction, rewarded=True)
+        sums |= {"sum_rows": sums["sum_own"], "sum_tokens": tokens.float(),
+                 "sum_surprisal": -logprob[:, :-1].sum()}  # fmt: skip
         return Loss(total=total, weight=prompts, report={**drawn.report, **report, **sums})
 
     return loss
@@ -270,15 +275,9 @@ def train(
         source = experiences(config, policy, anchor, batches, reward=reward, key=key,
                              stop_ids=stop_ids, start=start)  # fmt: skip
 
-    def drawn() -> Iterator[Drawn]:
-        taken = iter(source or ())
-        for own, others in paired(taken, config.samples, config.anchor_samples):
-            if observe is not None:
-                observe(own)
-                observe(others)
-            yield judged(config, own, others, anchor.model, beginning)
-
-    steps = fit(policy, objective(config), drawn(), optimizer,
+    pairs = paired(source or (), config.samples, config.anchor_samples, observe)
+    drawn = (judged(config, own, others, anchor.model, beginning) for own, others in pairs)
+    steps = fit(policy, objective(config), drawn, optimizer,
                 accumulate=config.accumulate, max_grad_norm=config.max_grad_norm,
                 schedule=config.learning_rate_schedule, start=start)  # fmt: skip
     moved = anchor.following(cast(nn.Module, policy), steps)

@@ -37,6 +37,7 @@ ALGORITHMS = {
     "pretrain": "cabochon.cli.pretrain",
     "sft": "cabochon.cli.sft",
     "gkd": "cabochon.cli.gkd",
+    "bond": "cabochon.cli.bond",
 }
 """Algorithm -> the module whose RECIPE says how to run it."""
 

@@ -31,7 +31,7 @@ from cabochon.training.runs import Outcome
 
 __all__ = ["carry_out", "main", "resolved"]
 
-PATHS = ("teacher", "teacher_cache", "teacher_tokenizer")
+PATHS = ("teacher", "teacher_cache", "teacher_tokenizer", "replay")
 """Settings beside those of the run that may name files."""
 
 

@@ -6,7 +6,7 @@ gives the same updates, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from cabochon.core import Group
 from cabochon.core.errors import DataError
 from cabochon.data.continuations import Sequences, written_in
-from cabochon.rewards.experience import Experience
+from cabochon.rewards.experience import Experience, Observe
 from cabochon.rewards.ranks import Ties, ranks
 
 __all__ = ["Comparison", "compared", "paired"]
@@ -37,8 +37,8 @@ class Comparison:
     """k."""
     report: Mapping[str, Tensor]
     """Sums over the prompts: `quantile`, the mean share of the anchor's draws that a sample of the
-    policy is worth at least as much as; `anchor_reward`, the anchor's mean; `equal`, in how many
-    all rewards are equal ranks, so that nothing is to be learned from their order."""
+    policy is worth at least as much as; `anchor_reward`, the mean of the anchor's; the policy's
+    parts of the reward; how many prompts there are, and have nothing but equals."""
 
     def rows(self, device: torch.device | str) -> Sequences:
         """P (G + 1) rows, group by group; the policy's own know what they were drawn with."""
@@ -72,6 +72,8 @@ def compared(
     mine, theirs = ranks([(own.groups, rewards), (others.groups, anchors)], ties)
     best = theirs[:, :best_of].argmax(1)
     chosen = anchors.gather(1, best.unsqueeze(1))
+    equal = torch.cat([mine, theirs], dim=1).amax(1) == 0
+    parts = {f"reward_{name}": p.to(device).mean(1).sum() for name, p in own.scores.parts.items()}
     at_most = (theirs.unsqueeze(1) <= mine.unsqueeze(2)).sum(-1)
     return Comparison(
         groups=tuple(
@@ -83,31 +85,45 @@ def compared(
         at_most=at_most,
         draws=theirs.shape[1],
         report={
+            **parts,
             "quantile": at_most.float().mean(1).sum() / theirs.shape[1],
             "anchor_reward": anchors.mean(1).sum(),
-            "equal": (torch.cat([mine, theirs], dim=1).amax(1) == 0).sum().float(),
+            "sum_groups": torch.tensor(float(len(mine)), device=device),
+            "sum_silent": equal.sum().float(),
         },
     )
 
 
 def paired(
-    source: Iterator[Experience], samples: int, anchor_samples: int
+    source: Iterable[Experience],
+    samples: int,
+    anchor_samples: int,
+    observe: Observe | None = None,
 ) -> Iterator[tuple[Experience, Experience]]:
     """What policy and anchor wrote for the same micro-batch; a last one without its other is left.
+
+    Args:
+        source: the policy's and the anchor's in turn.
+        samples: G of the policy's.
+        anchor_samples: k of the anchor's.
+        observe: shown each of a pair before it is handed on.
 
     Raises:
         DataError: the source has other writers, or other numbers of samples.
     """
-    for own in source:
-        others = next(source, None)
+    taken = iter(source)
+    for own in taken:
+        others = next(taken, None)
         if others is None:
             return  # the process that recorded it was killed between the two
-        found = [(each.writer, each.number, len(each.groups[0].completions))
-                 for each in (own, others)]  # fmt: skip
+        found = [(e.writer, e.number, len(e.groups[0].completions)) for e in (own, others)]
         expected = [("policy", own.number, samples), ("anchor", own.number, anchor_samples)]
         if found != expected:
             raise DataError(
                 f"expected (writer, micro-batch, samples) {expected}, got {found}; replay what was "
                 "recorded with the same settings"
             )
+        if observe is not None:
+            observe(own)
+            observe(others)
         yield own, others

@@ -1,0 +1,181 @@
+"""`train bond`: prompts, a model that goes on from them, a reward that orders what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from cabochon.algorithms import bond
+from cabochon.cli.checks import Check
+from cabochon.cli.configuration import FLAT
+from cabochon.cli.drawing import Drawn
+from cabochon.cli.generate import stop_ids
+from cabochon.cli.prompts import examine, prompt_rows
+from cabochon.cli.recipe import Recipe, Training
+from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
+from cabochon.cli.settings import RunSettings
+from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, Step, TokenBatch
+from cabochon.core.errors import ConfigError
+from cabochon.data.prompts import PromptRows
+from cabochon.data.tokenizer import Tokenizer
+from cabochon.generation.engine import generate
+from cabochon.losses.policy_gradient import policy_gradient
+from cabochon.rewards.experience import recorder, replayed
+from cabochon.training import parallel
+from cabochon.training.anchors import AnchorConfig, anchor_of
+from cabochon.training.optimizers import OptimizerConfig
+
+__all__ = ["RECIPE", "BondSettings"]
+
+
+def _gentle() -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=1e-4, weight_decay=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BondSettings:
+    """Settings of `train bond`."""
+
+    run: Annotated[RunSettings, FLAT] = field(default_factory=RunSettings)
+    rewards: Annotated[RewardSettings, FLAT] = field(default_factory=RewardSettings)
+    plain: bool = False
+    """Prompts are the beginnings of texts, not turns of conversations."""
+    replay: str = ""
+    """A run of the same settings, whose RUN/rollouts are learned from instead of new samples."""
+    no_rollouts: bool = False
+    """Do not record what policy and anchor write in RUN/rollouts."""
+    no_start: bool = False
+    """Do not report the KL to the model that the run began with: one forward pass less."""
+    method: Annotated[bond.Config, FLAT] = field(default_factory=bond.Config)
+    optimizer: Annotated[OptimizerConfig, FLAT] = field(default_factory=_gentle)
+
+    def __post_init__(self) -> None:
+        if self.replay and not _records(self.replay).is_dir():
+            raise ConfigError(f"{self.replay} has no rollouts to replay; name the run of before")
+        if self.run.batch_size * self.method.samples < 2 and self.method.backward > 0.0:
+            raise ConfigError(
+                "a single sample has no others to be compared with: --batch-size or --samples of "
+                "2 or more"
+            )
+
+
+def _pack(settings: BondSettings, tokenizer: Tokenizer) -> PromptRows:
+    return prompt_rows(
+        settings.run,
+        tokenizer,
+        plain=settings.plain,
+        room=settings.method.max_new_tokens,
+        answered=False,
+    )
+
+
+def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Training:
+    method, run, key = settings.method, settings.run, Key(settings.run.seed)
+    policy, stops = cast(Backbone, model), stop_ids(tokenizer, (), chat=not settings.plain)
+    prompts = _pack(settings, tokenizer).prompts
+
+    def reference(count: int) -> Sequence[Group]:
+        """What the policy writes before it learns, for the scales of rewards."""
+        chosen = [torch.tensor(each.ids, device=run.device) for each in prompts[:count]]
+        return generate(policy, chosen, method.settings(stops), key.fold("scales"), 2)
+
+    reward = None
+    if not settings.replay:
+        reward = load_reward(
+            settings.rewards,
+            tokenizer,
+            prompts=prompts,
+            data=run.data,
+            device=run.device,
+            draw=reference,
+        )
+    anchor = anchor_of(model, method.anchor_config)
+    beginning = None
+    if not settings.no_start:
+        frozen = method.anchor == "frozen"
+        beginning = anchor.model if frozen else anchor_of(model, AnchorConfig()).model
+
+    def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
+        with ExitStack() as stack:
+            observe = source = None
+            if settings.replay:
+                first = start * method.accumulate
+                source = replayed(_records(settings.replay), first, rank=parallel.rank())
+            elif run.out and not settings.no_rollouts:
+                folder, notes = Path(run.out) / "rollouts", {"algorithm": "bond"}
+                records = recorder(folder, tokenizer, notes=notes, rank=parallel.rank())
+                observe = stack.enter_context(records)
+            yield from bond.train(
+                method,
+                policy,
+                anchor,
+                batches,
+                optimizer,
+                key=key,
+                stop_ids=stops,
+                reward=reward,
+                beginning=cast(Any, beginning),
+                observe=observe,
+                source=source,
+                start=start,
+            )
+
+    return Training(steps=train, extra=anchor.state)
+
+
+def _objective(settings: BondSettings, _: Policy | None) -> Objective[Policy, TokenBatch]:
+    """The update alone, as `plan` rehearses it: rows as long as they may become."""
+    rows = settings.method.samples + 1  # a prompt's samples and the anchor's best
+
+    def loss(policy: Policy, batch: TokenBatch) -> Loss:
+        whole = TokenBatch(**{k: v.repeat_interleave(rows, 0) for k, v in vars(batch).items()})
+        gain = torch.ones_like(whole.tokens, dtype=torch.float32)
+        return policy_gradient(policy(whole), whole, gain)
+
+    return loss
+
+
+def _examine(
+    settings: BondSettings, tokenizer: Tokenizer, name: str
+) -> tuple[list[Check], list[Drawn]]:
+    return examine(
+        name,
+        settings.run,
+        tokenizer,
+        plain=settings.plain,
+        room=settings.method.max_new_tokens,
+        answered=False,
+        stop_ids=stop_ids(tokenizer, (), chat=not settings.plain),
+    )
+
+
+def _folders(settings: BondSettings) -> dict[str, str]:
+    return reward_sources(settings.rewards)
+
+
+def _records(run: str) -> Path:
+    """The rollouts of a run, or the folder itself."""
+    folder = Path(run) / "rollouts"
+    return folder if folder.is_dir() else Path(run)
+
+
+RECIPE = Recipe(
+    name="bond",
+    purpose="learn to write what the best of several samples would be (BOND, J-BOND)",
+    settings=BondSettings,
+    chat=True,
+    pack=_pack,
+    train=_train,
+    objective=_objective,
+    folders=_folders,
+    examine=_examine,
+    not_planned="drawing the completions and scoring them; the copies of the weights that are the "
+    "anchor and the model at the start; the rollouts on the disk",
+)
