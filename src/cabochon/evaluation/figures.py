@@ -25,6 +25,7 @@ __all__ = [
     "Interval",
     "Line",
     "available",
+    "curves_png",
     "curves_svg",
     "drawn_svg",
     "intervals_svg",
@@ -45,6 +46,10 @@ COLOURS = {
     "more_prompts": "#7b3fa0",
     "online_teacher": "#0b5fa5",
     "online_student": "#00796b",
+    "start": "#5b5f97",
+    "bond": "#b3447a",
+    "member": "#7a5230",
+    "warp": "#00788a",
 }
 """By the role of what is drawn; after the palette of Okabe and Ito, darkened for small text."""
 
@@ -115,6 +120,25 @@ def curves_svg(lines: Sequence[Line], *, x_label: str, y_label: str, name: str) 
         figure, axes = _figure(5.4, 3.1)
         _draw_curves(axes, lines, x_label=x_label, y_label=y_label)
         return drawn_svg(figure, name)
+
+
+def curves_png(
+    path: Path, lines: Sequence[Line], *, x_label: str, y_label: str, title: str
+) -> None:
+    """The same as a PNG on white, under a title.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    if not available():
+        raise MissingExtra("matplotlib", "report", "drawing a picture")
+    with styled():
+        figure, axes = _figure(7.2, 4.4)
+        figure.set_facecolor("white")
+        figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", color=INK)
+        _draw_curves(axes, lines, x_label=x_label, y_label=y_label)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=170, bbox_inches="tight", metadata={"Software": None})
 
 
 def intervals_svg(rows: Sequence[Interval], *, x_label: str, name: str, zero: bool = False) -> str:

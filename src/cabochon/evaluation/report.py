@@ -24,7 +24,9 @@ The page is made from files alone, so it can be made again at any time, and whil
     continuations: [{prompt, reference, and what each model wrote by its name}]
     answers: [{source, question, reference, before, after}]
 
-(That of `teacher_hacking` is in `evaluation.hacking_page`.)
+    alignment: see `evaluation.alignment_page`; absent where nothing was aligned
+
+(Those of `teacher_hacking` and `warp` are in `evaluation.hacking_page` and `alignment_page`.)
 
 Intervals are 95%. Figures that differ from machine to machine (seconds, bytes of memory) are in
 times.json and metrics.jsonl only.
@@ -44,7 +46,7 @@ import yaml
 from markupsafe import Markup
 
 from cabochon.core.errors import FolderError
-from cabochon.evaluation import figures, hacking_page
+from cabochon.evaluation import alignment_page, figures, hacking_page
 from cabochon.evaluation.figures import Interval, Line
 from cabochon.evaluation.wording import (
     NAMES,
@@ -64,6 +66,8 @@ LABELS = {"teacher": "teacher", "scratch": "from scratch", "distilled": "distill
 ORDER = {"teacher": 0, "scratch": 1, "distilled": 2, "tuned": 3}
 AFTERWARDS = ("evaluation", "samples")
 """Stages that come after the trainings."""
+TEMPLATES = {"teacher_hacking": "hacking", "warp": "warp"}
+"""Of pipelines with a page of their own."""
 SMOOTHING = 0.05
 """Part of a training that each point of a smoothed curve averages over."""
 
@@ -87,6 +91,9 @@ class Training:
     @property
     def tokens(self) -> float:
         """Read in all, where the settings say how many an update reads; else those learned."""
+        if "sequences_per_step" in self.config:
+            written = sum(each["completion_tokens"] for each in self.metrics)
+            return float(self.config["sequences_per_step"]) * float(written)
         if "tokens_per_step" in self.config:
             return float(self.config["tokens_per_step"]) * len(self.metrics)
         return float(sum(each["weight"] for each in self.metrics))
@@ -102,8 +109,8 @@ def render(folder: Path) -> Path:
         FolderError: it is neither, or a file in it is damaged.
     """
     content = _page(folder)
-    hacking = content["results"] and content["results"]["pipeline"] == "teacher_hacking"
-    page = _template("hacking" if hacking else "report").render(content)
+    pipeline = content["results"]["pipeline"] if content["results"] else ""
+    page = _template(TEMPLATES.get(pipeline, "report")).render(content)
     path = folder / "report.html"
     write_whole(path, page)
     return path
@@ -121,6 +128,9 @@ def picture(folder: Path, path: Path) -> Path:
         raise FolderError(f"{folder} holds no results.json: the pipeline has not come to its end")
     if results["pipeline"] == "teacher_hacking":
         hacking_page.picture(results, path)
+        return path
+    if results["pipeline"] == "warp":
+        alignment_page.picture(results, path)
         return path
     comparison = results["comparison"]
     corpus = results["corpus"]
@@ -161,6 +171,7 @@ def _page(folder: Path) -> dict[str, Any]:
         "pictures": figures.available(),
         "names": NAMES,
         "headline": None,
+        "aligned": None,
         "curves": None,
         "intervals": None,
         "difference": None,
@@ -168,6 +179,8 @@ def _page(folder: Path) -> dict[str, Any]:
     page["longest"] = max((each["seconds"] for each in page["stages"]), default=0) or 1.0
     if results is not None and results["pipeline"] == "teacher_hacking":
         page |= hacking_page.findings(results)
+    elif results is not None and results["pipeline"] == "warp":
+        page |= alignment_page.page(results)
     elif results is not None:
         page |= _findings(results, trainings)
     elif not alone:
@@ -184,6 +197,8 @@ def _findings(results: Mapping[str, Any], trainings: Sequence[Training]) -> dict
         "gain": verdict(results["tuning"]["gain"]),
         "reading": reading_text(results["tuning"]["reading"]),
     }
+    if results.get("alignment"):
+        page |= alignment_page.findings(results["alignment"])
     if figures.available():
         page["curves"] = _curves(
             "learn",
