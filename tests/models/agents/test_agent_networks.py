@@ -11,6 +11,7 @@ from cabochon.models.agents.networks import (
     PolicyAndValue,
     Signature,
     build,
+    policy_and_value,
 )
 
 VECTOR = Signature(shape=(4,), dtype="float32", actions=3)
@@ -18,6 +19,7 @@ PICTURE = Signature(shape=(36, 36), dtype="uint8", actions=3)
 
 CASES = [
     (NetworkConfig(hidden=(8,)), VECTOR),
+    (NetworkConfig(hidden=()), VECTOR),
     (NetworkConfig(hidden=(8,), lstm=5, previous=True, frame_stack=3), VECTOR),
     (NetworkConfig(lstm=5, frame_stack=2, features=16, previous=True), PICTURE),
     (NetworkConfig(torso="impala_deep", features=16, frame_stack=2), PICTURE),
@@ -138,3 +140,11 @@ def test_shapes_that_make_no_network_are_refused():
         build(NetworkConfig(torso="nature"), VECTOR, PolicyAndValue, Key(0))
     with pytest.raises(ConfigError, match="frame_stack"):
         NetworkConfig(frame_stack=0)
+
+
+def test_policy_and_value_may_share_nothing():
+    network = build(NetworkConfig(hidden=()), VECTOR, policy_and_value((8, 8)), Key(0))
+    given = inputs(VECTOR)
+    network.unroll(**given, state=()).outputs["value"].sum().backward()
+    touched = {name.split(".")[1] for name, p in network.named_parameters() if p.grad is not None}
+    assert touched == {"value"}

@@ -42,10 +42,10 @@ def mlp(inputs: int, widths: Sequence[int]) -> nn.Module:
     """n D to n widths[-1]; tanh after each layer, orthogonal weights of gain sqrt 2.
 
     Raises:
-        ConfigError: there is no layer.
+        ConfigError: a width is below 1.
     """
-    if not widths or min(widths) < 1:
-        raise ConfigError(f"a torso needs layers of width 1 or more, got {tuple(widths)}")
+    if min(widths, default=1) < 1:
+        raise ConfigError(f"layers need a width of 1 or more, got {tuple(widths)}")
     layers: list[nn.Module] = []
     for width in widths:
         linear = nn.Linear(inputs, width)

@@ -14,7 +14,7 @@ arXiv:1910.06591. Differs: frames before an episode's first are zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
@@ -37,6 +37,7 @@ __all__ = [
     "State",
     "Unrolled",
     "build",
+    "policy_and_value",
 ]
 
 State = tuple[Tensor, ...]
@@ -71,7 +72,7 @@ class NetworkConfig:
     torso: Literal["auto", "mlp", "impala_small", "impala_deep", "nature"] = "auto"
     """auto is impala_small for pictures and mlp for everything else."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of an mlp's layers."""
+    """Widths of an mlp's layers; none: the heads see the observation itself."""
     features: int = 256
     """Width of the layer after convolutions."""
     lstm: int = 0
@@ -87,7 +88,7 @@ class NetworkConfig:
                 "lstm must be 0 or more and frame_stack 1 or more, "
                 f"got {self.lstm} and {self.frame_stack}"
             )
-        if not self.hidden or min(self.hidden) < 1 or self.features < 1:
+        if min((*self.hidden, self.features)) < 1:
             raise ConfigError(f"widths must be 1 or more, got {self.hidden} and {self.features}")
 
 
@@ -116,17 +117,21 @@ class Unrolled(NamedTuple):
 class PolicyAndValue(nn.Module):
     """Logits of the actions, and the value of the observation."""
 
-    def __init__(self, width: int, actions: int) -> None:
+    def __init__(self, width: int, actions: int, hidden: Sequence[int] = ()) -> None:
+        """Linear on the features, or with layers of the `hidden` widths that each has to itself."""
         super().__init__()
-        self.policy, self.value = nn.Linear(width, actions), nn.Linear(width, 1)
         # Small logits, so that an untrained policy is near uniform.
-        for layer, gain in ((self.policy, 0.01), (self.value, 1.0)):
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
+        self.policy = _with_layers(width, hidden, actions, gain=0.01)
+        self.value = _with_layers(width, hidden, 1, gain=1.0)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """n D to logits n A and value n."""
         return {"logits": self.policy(features), "value": self.value(features).squeeze(-1)}
+
+
+def policy_and_value(hidden: Sequence[int] = ()) -> Head:
+    """The head of an actor-critic; see `PolicyAndValue`."""
+    return lambda width, actions: PolicyAndValue(width, actions, hidden)
 
 
 class AgentNetwork(nn.Module):
@@ -135,7 +140,7 @@ class AgentNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, signature: Signature, head: Head) -> None:
         super().__init__()
         self.config, self.signature = config, signature
-        self.torso, width = _torso(config, signature)
+        self.torso, width, self.convolves = _torso(config, signature)
         width += (signature.actions + 1) * config.previous
         self.lstm = nn.LSTM(width, config.lstm) if config.lstm else None
         self.head = head(config.lstm or width, signature.actions)
@@ -243,11 +248,8 @@ class AgentNetwork(nn.Module):
             frames = _channels_first(frames, signature.shape).float() / 255.0
         else:
             frames = frames.float()
-        if not isinstance(self.torso[0], nn.Linear):
-            frames = frames.flatten(1, 2)  # frames and channels are one axis
-        else:
-            frames = frames.flatten(1)
-        features: Tensor = self.torso(frames)
+        # For convolutions frames and channels are one axis.
+        features: Tensor = self.torso(frames.flatten(1, 2) if self.convolves else frames.flatten(1))
         return features
 
     def _with_previous(
@@ -268,25 +270,29 @@ def build(config: NetworkConfig, signature: Signature, head: Head, key: Key) -> 
         return AgentNetwork(config, signature, head)
 
 
-def _torso(config: NetworkConfig, signature: Signature) -> tuple[nn.Sequential, int]:
+def _torso(config: NetworkConfig, signature: Signature) -> tuple[nn.Module, int, bool]:
+    """The module, the width of its features, and whether it takes pictures."""
     kind = config.torso
     if kind == "auto":
         kind = "impala_small" if signature.is_picture else "mlp"
     if kind == "mlp":
-        one = signature.kinds or prod(signature.shape)
-        made = mlp(one * config.frame_stack, config.hidden)
-        width = config.hidden[-1]
-    else:
-        if not signature.is_picture:
-            raise ConfigError(
-                f"the torso {kind} is for pictures, and the observations are "
-                f"{signature.dtype} of shape {signature.shape}; take mlp"
-            )
-        width = config.features
-        channels, *size = _as_channels(signature.shape)
-        made = convolutions(kind, (channels * config.frame_stack, size[0], size[1]), width)
-    assert isinstance(made, nn.Sequential)
-    return made, width
+        inputs = (signature.kinds or prod(signature.shape)) * config.frame_stack
+        return mlp(inputs, config.hidden), (inputs, *config.hidden)[-1], False
+    if not signature.is_picture:
+        raise ConfigError(
+            f"the torso {kind} is for pictures, and the observations are "
+            f"{signature.dtype} of shape {signature.shape}; take mlp"
+        )
+    channels, height, width = _as_channels(signature.shape)
+    shape = (channels * config.frame_stack, height, width)
+    return convolutions(kind, shape, config.features), config.features, True
+
+
+def _with_layers(width: int, hidden: Sequence[int], outputs: int, *, gain: float) -> nn.Module:
+    last = nn.Linear((width, *hidden)[-1], outputs)
+    nn.init.orthogonal_(last.weight, gain)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(mlp(width, hidden), last) if hidden else last
 
 
 def _as_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
