@@ -6,13 +6,15 @@ priority exponent are taken. Double Q: arXiv:1509.06461. Rescaled values: arXiv:
 Deviations: an episode that is cut short is worth the value of its last observation; in SEED's code
 truncation is an end. The state of a sequence is the one from before its first observation; there it
 is that of `burn_in` steps later. The first `burn_in` actions of an environment's run are not
-learned. First priorities take the last value before a cut for that of its last observation.
+learned. First priorities take for the value of an observation that nobody was asked about (a
+sequence's last, or where a cut left off) the one before.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
 
@@ -25,6 +27,7 @@ from cabochon.core import Key, Loss, Objective, Step
 from cabochon.core.errors import ConfigError
 from cabochon.losses import temporal_difference as td
 from cabochon.models.agents.networks import AgentNetwork
+from cabochon.rl.collector import Collector, Cutting
 from cabochon.rl.replay import Pace, Replay, inserts_before
 from cabochon.rl.sequences import SequenceBatch, items_of, spec_of
 from cabochon.rl.unrolls import Unroll
@@ -32,7 +35,6 @@ from cabochon.training.fit import fit
 
 __all__ = [
     "Config",
-    "Experience",
     "carried",
     "first_priority",
     "new_replay",
@@ -41,8 +43,6 @@ __all__ = [
     "train",
 ]
 
-Experience = Callable[[int, int], Sequence[Unroll]]
-"""(how many, updates made) -> so many new sequences, when they have been played."""
 Heard = Callable[[SequenceBatch, Tensor], None]
 """Is told the new priorities (B) of a batch when it was learned from."""
 
@@ -53,12 +53,12 @@ class Config:
 
     steps: int = 10_000
     """Updates in all, those before an interruption included."""
-    batch: int = 32
+    batch_size: int = 32
     """Sequences of an update."""
-    unroll: int = 40
+    unroll_length: int = 40
     """Steps of a sequence that are learned."""
     burn_in: int = 20
-    """Steps before them that bring the stored state up to date; fewer than `unroll`."""
+    """Steps before them that bring the stored state up to date."""
     stored_state: bool = True
     """Begin a sequence with the state that the actor had; with zeros otherwise."""
     horizon: int = 5
@@ -87,10 +87,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for wrong, reason in (
-            (min(self.steps, self.batch, self.horizon, self.target_every, self.minimum) < 1,
-             "steps, batch, horizon, target_every and minimum must be at least 1"),
-            (not 0 <= self.burn_in < self.unroll,
-             f"burn_in must be at least 0 and below unroll ({self.unroll}), got {self.burn_in}"),
+            (min(self.steps, self.batch_size, self.horizon, self.target_every, self.minimum) < 1,
+             "steps, batch_size, horizon, target_every and minimum must be at least 1"),
+            (self.burn_in < 0 or self.unroll_length < 1, "burn_in must be at least 0 and "
+             f"unroll_length at least 1, got {self.burn_in} and {self.unroll_length}"),
             (not 0.0 <= self.discount <= 1.0, f"discount must be in [0, 1], got {self.discount}"),
             (not 0.0 <= self.eta <= 1.0, f"eta must be in [0, 1], got {self.eta}"),
             (not 0.0 <= self.importance_exponent <= 1.0, "importance_exponent must be in [0, 1], "
@@ -106,6 +106,12 @@ class Config:
                 raise ConfigError(reason)
 
     @property
+    def cutting(self) -> Cutting:
+        """How sequences are cut; so many wait as an update needs."""
+        news = math.ceil(self.batch_size / self.replay_ratio)
+        return Cutting(length=self.unroll_length, overlap=self.burn_in, batch=news)
+
+    @property
     def accumulate(self) -> int:
         """Micro-batches of an update."""
         return 1
@@ -113,7 +119,7 @@ class Config:
 
 def new_replay(config: Config, network: AgentNetwork) -> Replay:
     """An empty replay for what `network` sees and remembers."""
-    times = config.burn_in + config.unroll + 1
+    times = config.burn_in + config.unroll_length + 1
     spec = spec_of(network, times, config.finals)
     return Replay(spec, config.capacity, config.priority_exponent)
 
@@ -128,7 +134,7 @@ def td_errors(
     config: Config, network: AgentNetwork, target: AgentNetwork, batch: SequenceBatch
 ) -> tuple[Tensor, Tensor]:
     """U B each: target minus prediction on the rescaled scale, and the prediction."""
-    begin, end = config.burn_in, config.burn_in + config.unroll + 1
+    begin, end = config.burn_in, config.burn_in + config.unroll_length + 1
     state = batch.state
     if not config.stored_state:
         state = tuple(torch.zeros_like(part) for part in state)
@@ -184,12 +190,13 @@ def first_priority(config: Config, unroll: Unroll) -> float:
         for name in ("reward", "terminated", "truncated")
     }
     values = _worth(config, q, q)[:, None]
+    values = torch.cat([values, values[-1:]])  # nobody was asked about the last observation
     targets = td.n_step_targets(
         after["reward"], after["terminated"], after["truncated"], values, values[:-1],
         discount=config.discount, steps=config.horizon,
     )  # fmt: skip
-    actions = torch.from_numpy(unroll.action[config.burn_in : -1, None])
-    errors = td.rescale(targets, config.rescaling) - q[:-1].gather(-1, actions)
+    actions = torch.from_numpy(unroll.action[config.burn_in :, None])
+    errors = td.rescale(targets, config.rescaling) - q.gather(-1, actions)
     return float(td.sequence_priorities(errors, torch.ones_like(errors, dtype=torch.bool)))
 
 
@@ -198,7 +205,7 @@ def train(
     network: AgentNetwork,
     target: AgentNetwork,
     replay: Replay,
-    experience: Experience,
+    collector: Collector,
     optimizer: Optimizer,
     *,
     key: Key,
@@ -212,16 +219,22 @@ def train(
         network: learns; those who play read it.
         target: a copy of the network that needs no gradient.
         replay: of `new_replay`.
-        experience: gives sequences of burn_in + unroll + 1 steps; is asked for as many as the
-            replay ratio wants, which makes it exact.
+        collector: made with `config.cutting`; is asked for as many sequences as the replay ratio
+            wants, which makes it exact. Restored where `start` is not 0.
         optimizer: of the network's parameters.
         key: of what is drawn from the replay.
         pace: is told how long the learner waited and learned.
         start: how many updates were already made.
+
+    Raises:
+        ConfigError: the collector cuts other sequences than these.
+        DataError: environments failed again and again, or a sequence has more cuts than `finals`.
     """
+    if collector.cutting != config.cutting:
+        raise ConfigError(f"the collector cuts {collector.cutting}, expected {config.cutting}")
     news: list[tuple[SequenceBatch, Tensor]] = []
     learn = objective(config, target, lambda batch, priorities: news.append((batch, priorities)))
-    batches = _drawn(config, network, replay, experience, key, pace or Pace(), start)
+    batches = _drawn(config, network, replay, collector, key, pace or Pace(), start)
     steps = fit(network, learn, batches, optimizer, max_grad_norm=config.max_grad_norm, start=start)
     for step in islice(steps, max(0, config.steps - start)):
         while news:
@@ -230,14 +243,14 @@ def train(
         if (step.index + 1) % config.target_every == 0:
             target.load_state_dict(network.state_dict())
         seen = {"sequences": float(replay.inserted), "stored": float(len(replay))}
-        yield replace(step, report={**step.report, **seen})
+        yield replace(step, report={**step.report, **seen, **collector.report()})
 
 
 def _drawn(
     config: Config,
     network: AgentNetwork,
     replay: Replay,
-    experience: Experience,
+    collector: Collector,
     key: Key,
     pace: Pace,
     start: int,
@@ -246,16 +259,16 @@ def _drawn(
     since = time.perf_counter()
     for update in count(start):
         due = inserts_before(
-            update, batch=config.batch, ratio=config.replay_ratio, minimum=config.minimum
+            update, batch=config.batch_size, ratio=config.replay_ratio, minimum=config.minimum
         )
         begun = time.perf_counter()
-        for unroll in experience(due - replay.inserted, update) if due > replay.inserted else ():
+        for unroll in collector.take(due - replay.inserted, update):
             priority = np.array([first_priority(config, unroll)])
             replay.insert(items_of(unroll, config.finals), priority)
         pace.learning += begun - since
         since = time.perf_counter()
         pace.waiting += since - begun
-        drawn = replay.draw(config.batch, key.fold("replay", update).numpy())
+        drawn = replay.draw(config.batch_size, key.fold("replay", update).numpy())
         chance = torch.from_numpy(drawn.probabilities)
         weights = td.importance_weights(chance, drawn.stored, config.importance_exponent)
         yield SequenceBatch.of(drawn, weights, device)
