@@ -27,6 +27,7 @@ from cabochon.data.packed import Packed
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.models.gemma.config import parameter_counts
 from cabochon.models.gemma.decoder import Gemma
+from cabochon.models.reward_head import is_reward_model
 
 __all__ = [
     "Check",
@@ -142,7 +143,8 @@ def model(run: RunSettings, found: Tokenizer) -> Check:
     def look() -> Check:
         if begins_from_folder(run):
             folder = model_folder(run.model.source)
-            learner, _ = folders.load(folder)
+            read = folders.load_reward if is_reward_model(folder) else folders.load
+            learner, _ = read(folder)
             folders.check_tokenizer(learner, found)
             text = f"{folder}: weights complete, tokenizer its own"
             return Check(name="model", well=True, text=text)

@@ -14,7 +14,11 @@ from cabochon.core.errors import ConfigError
 
 __all__ = ["PerplexitySettings", "main"]
 
-EVALUATIONS = {"perplexity": "nats per token of documents, each behind its BOS"}
+EVALUATIONS = {
+    "perplexity": "nats per token of documents, each behind its BOS",
+    "preferences": "how often a reward model prefers what people preferred",
+    "rewards": "what a reward says of prompts with their completions, part by part",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not argv or argv[0].startswith("-"):
         raise ConfigError(f"evaluate what? cabochon evaluate {' | '.join(EVALUATIONS)} ...")
+    if argv[0] in ("preferences", "rewards"):
+        from cabochon.cli import evaluate_rewards
+
+        verb = {
+            "preferences": evaluate_rewards.preferences,
+            "rewards": evaluate_rewards.rewards,
+        }[argv[0]]
+        return verb(argv[1:])
     if argv[0] != "perplexity":
         raise ConfigError(unknown("evaluation", argv[0], EVALUATIONS))
     return _perplexity(

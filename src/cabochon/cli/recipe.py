@@ -37,6 +37,8 @@ ALGORITHMS = {
     "pretrain": "cabochon.cli.pretrain",
     "sft": "cabochon.cli.sft",
     "gkd": "cabochon.cli.gkd",
+    "reward_model": "cabochon.cli.reward_model",
+    "dpo": "cabochon.cli.dpo",
     "bond": "cabochon.cli.bond",
 }
 """Algorithm -> the module whose RECIPE says how to run it."""
@@ -103,6 +105,8 @@ class Recipe(Generic[S]):
     """What the doctor finds in a name of `--data`, and a row to draw; None for packed rows."""
     not_planned: str = ""
     """What `plan` leaves out."""
+    judges: bool = False
+    """What learns gives one number for a text: a language model with a scalar head."""
 
 
 def recipe_of(algorithm: str) -> Recipe[Any]:
@@ -126,7 +130,7 @@ def split_words(verb: str, argv: Sequence[str]) -> tuple[Recipe[Any], Sequence[s
     if argv and argv[0] in {"-h", "--help"}:
         print(f"usage: cabochon {verb} ALGORITHM [OPTIONS]\n")
         for name in ALGORITHMS:
-            print(f"  {name:<10}  {recipe_of(name).purpose}")
+            print(f"  {name:<12}  {recipe_of(name).purpose}")
         print(f"\ncabochon {verb} ALGORITHM --help lists the options.")
         return None
     if not argv or argv[0].startswith("-"):

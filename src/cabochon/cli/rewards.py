@@ -33,7 +33,7 @@ from cabochon.rewards.preference_model import preferred
 from cabochon.rewards.served import served
 from cabochon.rewards.texts import judged
 
-__all__ = ["NAMES", "RewardSettings", "absolute", "load_reward", "reward_sources"]
+__all__ = ["NAMES", "RewardSettings", "absolute", "load_reward", "located", "reward_sources"]
 
 NAMES = {
     "parses": "the completion is Python (parses:prompt: together with its prompt)",
@@ -135,16 +135,16 @@ def reward_sources(settings: RewardSettings) -> dict[str, str]:
 
 def absolute(settings: RewardSettings) -> RewardSettings:
     """The same with the paths of folders and files written out."""
-    normalise = settings.reward_normalise
-    return replace(
-        settings,
-        reward=tuple(
-            str(Path(name).resolve()) if _is_folder(name) else name for name in settings.reward
-        ),
-        reward_normalise=(
-            str(Path(normalise).resolve()) if normalise and not normalise.isdecimal() else normalise
-        ),
-    )
+    return replace(settings, **located(settings.reward, settings.reward_normalise))
+
+
+def located(names: Sequence[str], normalise: str) -> dict[str, Any]:
+    """The settings `reward` and `reward_normalise`, with the paths of folders and files whole."""
+    scales = bool(normalise) and not normalise.isdecimal()
+    return {
+        "reward": tuple(str(Path(name).resolve()) if _is_folder(name) else name for name in names),
+        "reward_normalise": str(Path(normalise).resolve()) if scales else normalise,
+    }
 
 
 def _named(

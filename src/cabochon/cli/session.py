@@ -34,6 +34,7 @@ from cabochon.models.foreign import ForeignModel
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.models.gemma.presets import PRESETS, preset
+from cabochon.models.reward_head import RewardModel, is_reward_model
 from cabochon.training import parallel
 from cabochon.training.checkpoint import TrainingState
 from cabochon.training.metrics import Record
@@ -50,7 +51,7 @@ class Session:
     """Everything that a run needs, ready to make its first update."""
 
     settings: Any
-    model: Gemma | ForeignModel
+    model: Gemma | ForeignModel | RewardModel
     tokenizer: Tokenizer
     rows: Rows
     optimizer: Optimizer
@@ -108,7 +109,8 @@ class Session:
         )
 
     def _load(self, folder: Path) -> None:
-        stored, _ = folders.load(
+        read = folders.load_reward if isinstance(self.model, RewardModel) else folders.load
+        stored, _ = read(
             folder, dtype=DTYPES[self.run.precision], device=device_of(self.run.device)
         )
         self.model.load_state_dict(stored.state_dict())
@@ -137,7 +139,7 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
     with unchanged([*run.data, *sources]):
         inputs = fingerprints(run, tokenizer, models) | _teachers(recipe, settings)
         rows = recipe.pack(settings, tokenizer)
-        model = _model(run, tokenizer)
+        model = _judge(run, tokenizer) if recipe.judges else _model(run, tokenizer)
         given = recipe.train(settings, model, tokenizer)
     training = given if isinstance(given, Training) else Training(steps=given, extra={})
     average = {}
@@ -238,6 +240,20 @@ def _model(run: RunSettings, tokenizer: Tokenizer) -> Gemma | ForeignModel:
     fresh = Gemma.init(config, Key(run.seed, ("weights",)), dtype, device=device)
     fresh.checkpoint_activations = run.checkpoint_activations
     return fresh
+
+
+def _judge(run: RunSettings, tokenizer: Tokenizer) -> RewardModel:
+    """A reward model to go on from, or a language model with a head that prefers nothing yet."""
+    if not begins_from_folder(run) or not is_reward_model(model_folder(run.model.source)):
+        return RewardModel(_model(run, tokenizer))
+    folder = model_folder(run.model.source)
+    model, _ = folders.load_reward(
+        folder, dtype=DTYPES[run.precision], device=device_of(run.device)
+    )
+    refuse_rows_beyond(model.context, run.context, run.model.source)
+    if isinstance(model.backbone, Gemma):
+        model.backbone.checkpoint_activations = run.checkpoint_activations
+    return model
 
 
 def _folders(recipe: Recipe[Any], settings: Any) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from cabochon.cli.places import free
 from cabochon.cli.progress import watching
 from cabochon.cli.ranks import begun_by_first, joined
 from cabochon.cli.recipe import Recipe, split_words
+from cabochon.cli.rewards import located
 from cabochon.cli.session import Session, begins_from_folder, prepare
 from cabochon.cli.settings import RunSettings
 from cabochon.cli.teachers import kind
@@ -31,7 +32,7 @@ from cabochon.training.runs import Outcome
 
 __all__ = ["carry_out", "main", "resolved"]
 
-PATHS = ("teacher", "teacher_cache", "teacher_tokenizer", "replay")
+PATHS = ("teacher", "teacher_cache", "teacher_tokenizer", "reference", "replay")
 """Settings beside those of the run that may name files."""
 
 
@@ -78,7 +79,11 @@ def resolved(settings: Any) -> Any:
     )
     named = plain(settings)
     teachers = {k: named[k] for k in PATHS if named.get(k)}
-    absolute = {k: v if kind(v) == "server" else _absolute(v) for k, v in teachers.items()}
+    absolute: dict[str, Any] = {
+        k: v if kind(v) == "server" else _absolute(v) for k, v in teachers.items()
+    }
+    if "reward" in named:
+        absolute |= located(named["reward"], named["reward_normalise"])
     return replaced(dataclasses.replace(settings, run=fixed), absolute)
 
 

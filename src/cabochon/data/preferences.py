@@ -123,8 +123,12 @@ class Pairs:
         return TokenBatch.of(sequences, masks=masks)
 
 
-def read_pairs(path: str | Path) -> Iterator[Pair]:
+def read_pairs(path: str | Path, *, unusable: list[str] | None = None) -> Iterator[Pair]:
     """The pairs of a file or folder of records, one after another.
+
+    Args:
+        path: of a kind that `readers` knows.
+        unusable: takes what is said of rows that are no pairs, which are then left out.
 
     Raises:
         DataError: a row is no pair, its answers are equal or empty, or they answer different
@@ -132,7 +136,12 @@ def read_pairs(path: str | Path) -> Iterator[Pair]:
         MissingExtra: parquet or a `datasets` folder without the extra "hf".
     """
     for record in read_records(path):
-        yield pair_of(record.values, record.source)
+        try:
+            yield pair_of(record.values, record.source)
+        except DataError as error:
+            if unusable is None:
+                raise
+            unusable.append(str(error))
 
 
 def pair_of(values: Mapping[str, Any], source: str) -> Pair:
