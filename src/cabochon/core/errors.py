@@ -9,6 +9,7 @@
     |- CheckpointError (OSError)       a checkpoint is damaged or could not be written
     |- RunChanged (RuntimeError)       resuming with another config, data or weight file
     |- NonFinite (ArithmeticError)     a loss or a gradient is NaN or infinite
+    |  |- Diverged                     a policy has left what it was to stay close to
     |- ServerError (OSError)           a server cannot be reached, refuses, or answers nonsense
     |- ActorDied (RuntimeError)        an actor was killed, raised or hung; what it owed is not done
     |- Closed (RuntimeError)           a queue or a runtime is closed; whoever works for it ends
@@ -29,6 +30,7 @@ __all__ = [
     "Closed",
     "ConfigError",
     "DataError",
+    "Diverged",
     "FolderError",
     "MissingExtra",
     "NonFinite",
@@ -79,6 +81,10 @@ class NonFinite(CabochonError, ArithmeticError):
     """
 
     finished: Sequence[object] = ()
+
+
+class Diverged(NonFinite):
+    """A policy has left what it was to stay close to; training on would only make it worse."""
 
 
 class ServerError(CabochonError, OSError):

@@ -57,6 +57,14 @@ class Experience:
     judged: bool = True
     """False where there was no reward; the scores are then 0."""
 
+    @property
+    def token_versions(self) -> tuple[tuple[Tensor, ...], ...]:
+        """P G tensors of T int64: the version of the weights that drew each token."""
+        return self.versions or tuple(
+            tuple(torch.full_like(each.tokens, self.version) for each in group.completions)
+            for group in self.groups
+        )
+
 
 Observe = Callable[[Experience], None]
 """Is shown every experience before anything is learned from it."""
@@ -259,19 +267,12 @@ def _split(rank: int) -> str:
 
 
 def _rollouts(experience: Experience) -> Iterator[Rollout]:
-    scores = experience.scores
+    scores, versions = experience.scores, experience.token_versions
     for place, group in enumerate(experience.groups):
-        versions = (
-            experience.versions[place]
-            if experience.versions
-            else tuple(
-                torch.full_like(each.tokens, experience.version) for each in group.completions
-            )
-        )
         yield Rollout(
             number=place,
             group=group,
-            versions=versions,
+            versions=versions[place],
             rewards=scores.total[place] if experience.judged else None,
             parts={name: part[place] for name, part in scores.parts.items()},
             batch=experience.number,

@@ -6,15 +6,15 @@ sums do not depend on it, nor on how a batch was split over micro-batches and ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cabochon.core import Prediction
+from cabochon.core import Prediction, Step
 from cabochon.data.continuations import Sequences
 
-__all__ = ["metrics", "sums"]
+__all__ = ["metrics", "sums", "together"]
 
 RATIOS = {
     "completion_tokens": ("sum_tokens", "sum_rows"),
@@ -22,6 +22,11 @@ RATIOS = {
     "stopped": ("sum_stopped", "sum_own"),
     "reward": ("sum_reward", "sum_own"),
     "logprob_gap": ("sum_gap", "sum_compared"),
+    "entropy": ("sum_surprisal", "sum_tokens"),
+    "lag": ("sum_lag", "sum_tokens"),
+    "clipped": ("sum_clipped", "sum_units"),
+    "no_signal": ("sum_silent", "sum_groups"),
+    "value_error": ("sum_value_error", "sum_tokens"),
 }
 """Metric -> the two sums whose ratio it is."""
 
@@ -66,9 +71,34 @@ def metrics(report: Mapping[str, float]) -> dict[str, float]:
     stopped            the share that a stop token ended,
     reward             their mean reward (where there is one),
     logprob_gap        nats: mean |recorded - recomputed log-probability| of a token
+    entropy            nats: mean surprisal of a token to who drew it
+    lag                updates between the weights that drew a token and those that learn from it
+    clipped            share of the importance ratios that were cut
+    effective          effective sample size by those ratios, (sum)^2 / (n sum of squares)
+    no_signal          share of the groups whose rewards are all equal
+    value_error        mean squared error of the values of a learned baseline
     """
     found = {name: value for name, value in report.items() if not name.startswith("sum_")}
     for name, (numerator, denominator) in RATIOS.items():
         if numerator in report and report[denominator] > 0.0:
             found[name] = report[numerator] / report[denominator]
+    if report.get("sum_ratio_squared", 0.0) > 0.0:
+        squares = report["sum_units"] * report["sum_ratio_squared"]
+        found["effective"] = report["sum_ratio"] ** 2 / squares
     return found
+
+
+def together(index: int, made: Sequence[Step]) -> Step:
+    """Several updates, of which the reports hold sums, as the one step `index`.
+
+    Losses and metrics are their means, the gradient norm is the largest, the rate the last.
+    """
+    reports = [metrics(each.report) for each in made]
+    return Step(
+        index=index,
+        loss=sum(each.loss for each in made) / len(made),
+        grad_norm=max(each.grad_norm for each in made),
+        weight=made[0].weight,
+        learning_rate=made[-1].learning_rate,
+        report={name: sum(each[name] for each in reports) / len(made) for name in reports[0]},
+    )
