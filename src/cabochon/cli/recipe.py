@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cabochon.cli.drawing import Drawn
 
 __all__ = [
+    "AGENTS",
     "ALGORITHMS",
     "Method",
     "Recipe",
@@ -39,9 +40,15 @@ ALGORITHMS = {
     "gkd": "cabochon.cli.gkd",
     "reward_model": "cabochon.cli.reward_model",
     "dpo": "cabochon.cli.dpo",
+    "rlhf": "cabochon.cli.rlhf",
     "bond": "cabochon.cli.bond",
 }
 """Algorithm -> the module whose RECIPE says how to run it."""
+
+AGENTS = {
+    "vtrace_agent": "cabochon.cli.vtrace_agent",
+}
+"""The same for agents in environments, whose recipes are `agent_recipe.AgentRecipe`s."""
 
 Train = Callable[[Iterable[TokenBatch], Optimizer, int], Iterator[Step]]
 """(micro-batches, optimizer, first update) -> the updates from there to the last."""
@@ -105,6 +112,8 @@ class Recipe(Generic[S]):
     """What the doctor finds in a name of `--data`, and a row to draw; None for packed rows."""
     not_planned: str = ""
     """What `plan` leaves out."""
+    without_data: Callable[[S], bool] = lambda _: False
+    """Whether it learns from something else than `--data`."""
     judges: bool = False
     """What learns gives one number for a text: a language model with a scalar head."""
 
@@ -116,7 +125,7 @@ def recipe_of(algorithm: str) -> Recipe[Any]:
         ConfigError: there is none; the nearest is named.
     """
     if algorithm not in ALGORITHMS:
-        raise ConfigError(unknown("algorithm", algorithm, ALGORITHMS))
+        raise ConfigError(unknown("algorithm", algorithm, {**ALGORITHMS, **AGENTS}))
     recipe: Recipe[Any] = importlib.import_module(ALGORITHMS[algorithm]).RECIPE
     return recipe
 
@@ -129,10 +138,11 @@ def split_words(verb: str, argv: Sequence[str]) -> tuple[Recipe[Any], Sequence[s
     """
     if argv and argv[0] in {"-h", "--help"}:
         print(f"usage: cabochon {verb} ALGORITHM [OPTIONS]\n")
-        for name in ALGORITHMS:
-            print(f"  {name:<12}  {recipe_of(name).purpose}")
+        for name, module in {**ALGORITHMS, **AGENTS}.items():
+            print(f"  {name:<12}  {importlib.import_module(module).RECIPE.purpose}")
         print(f"\ncabochon {verb} ALGORITHM --help lists the options.")
         return None
     if not argv or argv[0].startswith("-"):
-        raise ConfigError(f"which algorithm? cabochon {verb} {' | '.join(ALGORITHMS)} ...")
+        names = " | ".join({**ALGORITHMS, **AGENTS})
+        raise ConfigError(f"which algorithm? cabochon {verb} {names} ...")
     return recipe_of(argv[0]), argv[1:]

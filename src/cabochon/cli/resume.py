@@ -53,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
         verb = importlib.import_module("cabochon.cli.run")
         code: int = verb.resume(settings.run, content, as_json=settings.json)
         return code
+    from cabochon.cli.recipe import AGENTS
+
+    if content["algorithm"] in AGENTS:
+        agents = importlib.import_module("cabochon.cli.agents")
+        return int(agents.go_on(settings.run, content, step=settings.step, as_json=settings.json))
     return _resume_training(settings, content)
 
 

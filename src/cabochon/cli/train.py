@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from cabochon.cli.output import answer, bytes_text, duration_text, say
 from cabochon.cli.places import free
 from cabochon.cli.progress import watching
 from cabochon.cli.ranks import begun_by_first, joined
-from cabochon.cli.recipe import Recipe, split_words
+from cabochon.cli.recipe import AGENTS, Recipe, split_words
 from cabochon.cli.rewards import located
 from cabochon.cli.session import Session, begins_from_folder, prepare
 from cabochon.cli.settings import RunSettings
@@ -38,6 +39,8 @@ PATHS = ("teacher", "teacher_cache", "teacher_tokenizer", "reference", "replay")
 
 def main(argv: Sequence[str]) -> int:
     """Begins a run and records it to its end, or to a signal."""
+    if argv and argv[0] in AGENTS:
+        return int(importlib.import_module("cabochon.cli.agents").begin(argv[0], argv[1:]))
     chosen = split_words("train", argv)
     if chosen is None:
         return 0
