@@ -3,9 +3,9 @@
     python tests/papers/atari_run.py FOLDER [--agent r2d2] [--game Freeway] [--minutes 30]
 
 Prints a line about every half minute and writes FOLDER/GAME-AGENT-SEED.json: the curve, then the
-mean return of greedy episodes, beside that of a policy that acts at random. Pictures are 42 x 42.
-A frame is one of the game's own; an action lasts for four. Not a test: it runs as long as it is
-told to. Needs the extra `atari`.
+returns of episodes without exploration, beside those of a policy that acts at random, and of each
+action for ever. Pictures are 42 x 42. A frame is one of the game's own; an action lasts for four.
+Not a test: it runs as long as it is told to. Needs the extra `atari`.
 """
 
 # ruff: noqa: T201
@@ -25,15 +25,20 @@ import torch
 
 from cabochon.algorithms import r2d2, vtrace_agent
 from cabochon.core import Key, Step
-from cabochon.models.agents.networks import AgentNetwork, NetworkConfig, PolicyAndValue, build
+from cabochon.models.agents.networks import (
+    AgentNetwork,
+    NetworkConfig,
+    build,
+    policy_and_value,
+)
 from cabochon.models.agents.q_network import q_head
 from cabochon.rl.collector import Collector
-from cabochon.rl.environment import EnvironmentSpec, environments, signature_of
+from cabochon.rl.environment import EnvironmentSpec, signature_of
+from cabochon.rl.evaluation import greedy, play
 from cabochon.rl.exploration import epsilon_greedy, epsilons
-from cabochon.rl.inference import Inference, sample
+from cabochon.rl.inference import sample
 from cabochon.rl.replay import Pace
 from cabochon.rl.server import ActingConfig
-from cabochon.rl.unrolls import UnrollStore
 from cabochon.training.optimizers import OptimizerConfig, adamw
 
 FRAMES = 4
@@ -78,7 +83,7 @@ def learning_by_vtrace(
     )  # fmt: skip
     key = Key(seed)
     shape = NetworkConfig(torso="impala_small", features=128, frame_stack=4)
-    network = build(shape, signature_of(spec_of(game)), PolicyAndValue, key.fold("network"))
+    network = build(shape, signature_of(spec_of(game)), policy_and_value(), key.fold("network"))
     collector = Collector(
         network, spec_of(game), sample, key, acting=ACTING, cutting=config.cutting,
         runtime=runtime,
@@ -90,22 +95,12 @@ def learning_by_vtrace(
     return network, collector, vtrace_agent.train(config, network, collector, optimizer)
 
 
-def returns_of(
-    game: str, network: AgentNetwork, choose: Any, episodes: int, seed: int
-) -> list[float]:
-    """Of whole episodes, as many of each environment."""
-    count = min(8, episodes)
-    key = Key(seed).fold("evaluation")
-    played = environments(spec_of(game), range(count), key)
-    asked = Inference(network, UnrollStore(count, length=1), choose, key)
-    arrival, found = played.reset(0), [[] for _ in range(count)]
-    while min(map(len, found)) < episodes // count:
-        asked.receive(arrival)
-        arrival = played.step(asked.answer(arrival))
-        for row, each in zip(arrival.ended, arrival.episode_return, strict=True):
-            found[row].append(float(each))
-    played.close()
-    return [each for own in found for each in own[: episodes // count]]
+def at_random(outputs: Any, environments: Any, uniform: Any) -> Any:
+    return (uniform[:, 1] * outputs["q"].shape[1]).astype(np.int64)
+
+
+def constantly(action: int) -> Any:
+    return lambda _outputs, environments, _uniform: np.full(len(environments), action)
 
 
 def main() -> None:
@@ -122,10 +117,10 @@ def main() -> None:
     pace = Pace()
     if given.agent == "r2d2":
         network, collector, steps = learning_by_r2d2(given.game, given.seed, given.runtime, pace)
-        greedy = epsilon_greedy(np.full(ACTING.total, 1e-3))
+        choose = greedy
     else:
         network, collector, steps = learning_by_vtrace(given.game, given.seed, given.runtime)
-        greedy = sample
+        choose = sample
     begun = told = time.monotonic()
     busy = time.process_time()
     curve: list[dict[str, float]] = []
@@ -149,25 +144,25 @@ def main() -> None:
                 print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
             if now - begun > 60.0 * given.minutes:
                 break
-    found = returns_of(given.game, network, greedy, given.episodes, given.seed)
-    random = returns_of(
-        given.game,
-        build(network.config, network.signature, q_head(0), Key(0)),
-        epsilon_greedy(np.ones(ACTING.total)),
-        given.episodes,
-        given.seed,
-    )
+    spec, key = spec_of(given.game), Key(given.seed).fold("evaluation")
+    found = play(network, spec, given.episodes, key, choose).returns
+    nobody = build(network.config, network.signature, q_head(0), Key(0))
+    random = play(nobody, spec, given.episodes, key, at_random).returns
+    always = {
+        action: float(np.mean(play(nobody, spec, 2, key, constantly(action)).returns))
+        for action in range(network.signature.actions)
+    }
     last = curve[-1]
     summary = {
         "game": given.game, "agent": given.agent, "seed": given.seed, "curve": curve,
         "frames_per_second": last["frames"] / (60 * last["minutes"]),
         "frames_per_processor_second": last["frames"] / (60 * last["processor_minutes"]),
-        "greedy": found, "random": random,
+        "returns": found, "random": random, "always": always,
     }  # fmt: skip
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / f"{given.game}-{given.agent}-{given.seed}.json"
     path.write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"greedy {np.mean(found):.2f} of {found}; random {np.mean(random):.2f} of {random}")
+    print(f"returns {np.mean(found):.2f} of {found}; random {np.mean(random):.2f} of {random}")
 
 
 if __name__ == "__main__":
