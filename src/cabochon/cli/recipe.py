@@ -47,6 +47,7 @@ ALGORITHMS = {
 
 AGENTS = {
     "vtrace_agent": "cabochon.cli.vtrace_agent",
+    "r2d2": "cabochon.cli.r2d2",
 }
 """The same for agents in environments, whose recipes are `agent_recipe.AgentRecipe`s."""
 
