@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Member:
     def __init__(self, start: int = 0, born: float = 0.0) -> None:
         time.sleep(born)
         self.count = start
+        self.life = uuid.uuid4().hex
 
     def add(self, number: int, times: int = 1) -> int:
         self.count += number * times
@@ -61,18 +63,13 @@ class Member:
         done = []
         for number, version in enumerate(versions):
             time.sleep(delay)
-            record = {"who": self.count, "number": number, "data": np.full(9, number)}
+            record = {"who": self.count, "life": self.life, "number": number}
+            record["data"] = np.full(9, number)
             done.append(queue.put(record, version=version))
         return done
 
     def take(self, queue: Any, many: int) -> list[Any]:
         return [queue.get().record for _ in range(many)]
-
-    def put_for_ever(self, queue: Any) -> None:
-        number = 0
-        while True:
-            queue.put({"who": self.count, "number": number})
-            number += 1
 
     def wait_for_nothing(self, queue: Any, timeout: float) -> str:
         try:

@@ -142,11 +142,14 @@ class Channel:
                 continue
 
     def close(self) -> None:
-        """Free the descriptors; when nobody receives any more."""
+        """Free the descriptors and the memory; when nobody receives any more."""
         with self._sending:
             self._connection.close()
             self._main.close()
             self._side.close()
+            self._pieces.clear()
+            self._free.clear()
+        self._theirs.clear()
 
     def _piece(self, size: int) -> int | None:
         """The number of a free piece of at least this size, made if need be; None: all are busy."""

@@ -29,8 +29,13 @@ class BoundedQueue:
         stale: Stale = "drop",
         takes: int = 1,
         alone: bool = False,
+        admit: Callable[[], None] = lambda: None,
     ) -> None:
-        """An empty queue at version 0; `alone` says that nobody else can end a waiting."""
+        """An empty queue at version 0; see `Runtime.queue` for what bounds it.
+
+        `alone` says that nobody else can end a waiting; `admit`, called by whoever puts or gets,
+        raises for those who may not.
+        """
         if capacity < 1 or takes < 1:
             raise ConfigError(f"capacity and takes must be at least 1, got {capacity}, {takes}")
         if max_lag is not None and max_lag < 0:
@@ -42,6 +47,7 @@ class BoundedQueue:
         self._waits = stale == "wait"
         self._takes = takes
         self._alone = alone
+        self._admit = admit
         self._lock = threading.Lock()
         self._records: deque[tuple[Any, int]] = deque()
         self._putting: deque[tuple[Future[bool], Any, int]] = deque()
@@ -54,10 +60,12 @@ class BoundedQueue:
 
     def put(self, record: Any, /, *, version: int = 0, timeout: float | None = None) -> bool:
         """As the protocol says."""
+        self._admit()
         return self._awaited(self.offer(record, version), timeout, "full")
 
     def get(self, timeout: float | None = None) -> Item:
         """As the protocol says."""
+        self._admit()
         return self._awaited(self.take(), timeout, "empty")
 
     def offer(self, record: Any, version: int) -> Future[bool]:

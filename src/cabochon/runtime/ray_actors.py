@@ -11,10 +11,12 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cabochon.core.errors import Closed, ConfigError, DataError, MissingExtra
 from cabochon.runtime.actors import Ledger, Recipe, cause_of
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RayQueue", "RayReader", "RayWriter", "ray_runtime"]
 
+R = TypeVar("R")
+
 MOST_WAITING = 10_000
 """Actors that may wait for one queue at a time."""
 
@@ -40,14 +44,28 @@ def ray_runtime(address: str | None) -> Runtime:
         raise MissingExtra("ray", "ray", "a runtime of several hosts") from error
     ours = not ray.is_initialized()
     if ours:
-        # Workers of this host find what this process finds; a cluster's have their own path.
-        path = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}} if address is None else None
-        ray.init(
-            address=address, include_dashboard=False, log_to_driver=False, runtime_env=path
-        )
+        with _same_path():
+            ray.init(address=address, include_dashboard=False, log_to_driver=False)
     elif address is not None:
         raise ConfigError("Ray runs already; give no address to use it as it is")
     return Crew(_Ray(ray, ours))
+
+
+@contextmanager
+def _same_path() -> Iterator[None]:
+    """What is started here finds the modules that this process finds; a cluster's own hosts do not.
+
+    Ray's `runtime_env` would do that too, and start a worker of its own, seconds, for each actor.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 class _Ray:
@@ -56,9 +74,14 @@ class _Ray:
         self._ours = ours
         self._queues: list[RayQueue] = []
         self._boards: list[Any] = []
+        # Ray tells of answers in a thread of its own, in which Ray itself must not be asked for
+        # anything; whoever hears of an answer may well want to.
+        self._news: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._teller = threading.Thread(target=self._tell, name="answers", daemon=True)
+        self._teller.start()
 
     def start(self, recipe: Recipe, ledger: Ledger) -> _RayActor:
-        return _RayActor(self._ray, recipe, ledger)
+        return _RayActor(self._ray, recipe, ledger, self._news)
 
     def publisher(self, tensors: Mapping[str, Tensor]) -> RayWriter:
         board = self._ray.remote(_Board).options(num_cpus=0).remote()
@@ -76,14 +99,27 @@ class _Ray:
     def close(self) -> None:
         for actor in [*self._boards, *(queue.shelf for queue in self._queues)]:
             self._ray.kill(actor)
+        self._news.put(None)
+        self._teller.join()
         if self._ours:
             self._ray.shutdown()
 
+    def _tell(self) -> None:
+        while (tell := self._news.get()) is not None:
+            tell()
+
 
 class _RayActor:
-    def __init__(self, ray: Any, recipe: Recipe, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        ray: Any,
+        recipe: Recipe,
+        ledger: Ledger,
+        news: SimpleQueue[Callable[[], None] | None],
+    ) -> None:
         self._ray = ray
         self._ledger = ledger
+        self._news = news
         self._ended = threading.Event()
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
         if recipe.megabytes:
@@ -91,15 +127,15 @@ class _RayActor:
         remote = ray.remote(_Member).options(**options)
         self._actor = remote.remote()
         made = self._actor.make.remote(recipe.factory, *recipe.arguments)
-        made.future().add_done_callback(self._was_made)
+        self._when_done(made, self._was_made)
 
     def post(self, number: int, method: str, arguments: tuple[Any, ...], named: Any) -> None:
         answer = self._actor.call.remote(method, arguments, named)
-        answer.future().add_done_callback(partial(self._was_answered, number))
+        self._when_done(answer, partial(self._was_answered, number))
 
     def stop(self) -> None:
         ended = self._actor.end.remote()
-        ended.future().add_done_callback(lambda _: self._ended.set())
+        self._when_done(ended, lambda _: self._ended.set())
 
     def join(self, timeout: float) -> bool:
         if not self._ended.wait(timeout):
@@ -110,6 +146,9 @@ class _RayActor:
     def kill(self) -> None:
         self._ended.set()
         self._ray.kill(self._actor)
+
+    def _when_done(self, reference: Any, then: Callable[[Future[Any]], None]) -> None:
+        reference.future().add_done_callback(lambda done: self._news.put(partial(then, done)))
 
     def _was_made(self, made: Future[Any]) -> None:
         error = made.exception()
@@ -230,10 +269,10 @@ class _Shelf:
         self._queue = BoundedQueue(capacity, max_lag=max_lag, stale=stale, takes=takes)
 
     async def put(self, record: Any, version: int, timeout: float | None) -> bool:
-        return await self._within(self._queue.offer(record, version), timeout)
+        return await _within(self._queue.offer(record, version), timeout)
 
     async def get(self, timeout: float | None) -> Item:
-        return await self._within(self._queue.take(), timeout)
+        return await _within(self._queue.take(), timeout)
 
     async def advance(self, version: int) -> None:
         self._queue.advance(version)
@@ -243,12 +282,6 @@ class _Shelf:
 
     async def close(self) -> None:
         self._queue.close()
-
-    async def _within(self, future: Future[Any], timeout: float | None) -> Any:
-        await asyncio.wait([asyncio.wrap_future(future)], timeout=timeout)
-        if not future.done() and future.cancel():
-            raise TimeoutError(f"the queue did not change for {timeout} seconds")
-        return future.result()
 
 
 class RayQueue:
@@ -280,6 +313,14 @@ class RayQueue:
     def close(self) -> None:
         """As the protocol says."""
         _answer(self.shelf.close.remote())
+
+
+async def _within(future: Future[R], timeout: float | None) -> R:
+    """What the queue comes to in this time; later, it has not been asked."""
+    await asyncio.wait([asyncio.wrap_future(future)], timeout=timeout)
+    if not future.done() and future.cancel():
+        raise TimeoutError(f"the queue did not change for {timeout} seconds")
+    return future.result()
 
 
 def _answer(reference: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from cabochon.core.errors import Closed
 from cabochon.runtime.actors import Ledger, Recipe, cause_of
 from cabochon.runtime.crew import Crew
 from cabochon.runtime.protocols import Queue, Runtime, Stale
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["threads"]
+
+_here = threading.local()
+"""The ledger of the actor that a thread is."""
 
 
 def threads() -> Runtime:
@@ -35,7 +39,7 @@ class _Threads:
         return Snapshots(tensors)
 
     def queue(self, capacity: int, max_lag: int | None, stale: Stale, takes: int) -> Queue:
-        return BoundedQueue(capacity, max_lag=max_lag, stale=stale, takes=takes)
+        return BoundedQueue(capacity, max_lag=max_lag, stale=stale, takes=takes, admit=_admit)
 
     def close(self) -> None:
         pass
@@ -65,6 +69,7 @@ class _Thread:
         self._inbox.put(None)
 
     def _live(self, recipe: Recipe) -> None:
+        _here.ledger = self._ledger
         try:
             thing = recipe.factory(*recipe.arguments)
             self._ledger.made()
@@ -75,3 +80,10 @@ class _Thread:
                 thing.close()
         except BaseException as error:  # whatever ended it, SystemExit too, its callers hear of it
             self._ledger.die(cause_of(error), error)
+
+
+def _admit() -> None:
+    """A thread goes on when its actor was killed; it ends where it next asks for a queue."""
+    ledger = getattr(_here, "ledger", None)
+    if ledger is not None and ledger.death is not None:
+        raise Closed(f"actor {ledger.name} is dead: {ledger.death}")
