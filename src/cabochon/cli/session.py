@@ -126,7 +126,7 @@ def prepare(recipe: Recipe[Any], settings: Any) -> Session:
         FolderError: a folder is absent or incomplete.
     """
     run: RunSettings = settings.run
-    if not run.data:
+    if not run.data and not recipe.without_data(settings):
         raise ConfigError(
             f"{recipe.name} needs data: --data FILE ... (.jsonl, .parquet, .txt, a folder, stdlib)"
         )

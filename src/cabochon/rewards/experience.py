@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from cabochon.core import Backbone, Group, Key, RewardFn
+from cabochon.core import Backbone, Completion, Group, Key, RewardFn
 from cabochon.core.errors import DataError
 from cabochon.data.rlds.layout import is_dataset
 from cabochon.data.rlds.reader import Episodes
@@ -33,7 +33,17 @@ from cabochon.generation.engine import Settings, generate
 from cabochon.losses.policy_gradient import leave_one_out, standardised
 from cabochon.rewards.scores import Scores, scores
 
-__all__ = ["Baseline", "Experience", "Observe", "Recorder", "draw", "gains", "recorder", "replayed"]
+__all__ = [
+    "Baseline",
+    "Experience",
+    "Observe",
+    "Recorder",
+    "draw",
+    "gains",
+    "recorded",
+    "recorder",
+    "replayed",
+]
 
 Baseline = Literal["prompt", "batch", "group_normalised", "none"]
 
@@ -56,6 +66,27 @@ class Experience:
     """Who drew them, where several do for one micro-batch (an anchor)."""
     judged: bool = True
     """False where there was no reward; the scores are then 0."""
+
+    def to(self, device: torch.device | str) -> Experience:
+        """The same with prompts, completions and scores on `device`."""
+        groups = tuple(
+            Group(
+                prompt=group.prompt.to(device),
+                completions=tuple(
+                    Completion(
+                        tokens=each.tokens.to(device),
+                        logprob=each.logprob.to(device),
+                        model_logprob=each.model_logprob.to(device),
+                        stopped=each.stopped,
+                    )
+                    for each in group.completions
+                ),
+            )
+            for group in self.groups
+        )
+        parts = {name: part.to(device) for name, part in self.scores.parts.items()}
+        scores = Scores(total=self.scores.total.to(device), parts=parts)
+        return replace(self, groups=groups, scores=scores)
 
     @property
     def token_versions(self) -> tuple[tuple[Tensor, ...], ...]:
@@ -166,7 +197,7 @@ class Recorder:
         for rollout in _rollouts(experience):
             known = self._known.pop((rollout.batch, rollout.writer, rollout.place), None)
             if known is None:
-                write_rollouts(self._writer, [_numbered(rollout, self._count)])
+                write_rollouts(self._writer, [replace(rollout, number=self._count)])
                 self._count += 1
             elif not _same(known, rollout):
                 raise DataError(
@@ -262,6 +293,16 @@ def replayed(
         yield _experience(number, who, group)
 
 
+def recorded(folder: Path, *, rank: int = 0) -> int:
+    """How many micro-batches are recorded, the last of them perhaps not whole.
+
+    Raises:
+        FolderError: there are no records.
+    """
+    episodes = Episodes(folder, _split(rank))
+    return int(episodes[-1].metadata["batch"]) + 1 if len(episodes) else 0
+
+
 def _split(rank: int) -> str:
     return f"rank_{rank}" if rank else "train"
 
@@ -312,10 +353,6 @@ def _from(episodes: Episodes, batch: int) -> Iterator[Rollout]:
 def _groups(episodes: Episodes) -> int:
     """One more than the number of the last group."""
     return int(episodes[-1].metadata["group"]) + 1 if len(episodes) else 0
-
-
-def _numbered(rollout: Rollout, number: int) -> Rollout:
-    return Rollout(**{**vars(rollout), "number": number})
 
 
 def _same(one: Rollout, other: Rollout) -> bool:

@@ -1,0 +1,184 @@
+"""`train rlhf`: prompts, a model that goes on from them, and a reward for what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from cabochon.algorithms import rlhf
+from cabochon.cli.checks import Check
+from cabochon.cli.configuration import FLAT
+from cabochon.cli.drawing import Drawn
+from cabochon.cli.generate import stop_ids
+from cabochon.cli.prompts import examine, prompt_rows
+from cabochon.cli.recipe import Recipe, Training
+from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
+from cabochon.cli.rollouts import NoRows, check_replay, records
+from cabochon.cli.rows import Rows
+from cabochon.cli.settings import RunSettings
+from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
+from cabochon.core.errors import ConfigError
+from cabochon.data.prompts import Prompt, PromptRows
+from cabochon.data.tokenizer import Tokenizer
+from cabochon.generation.engine import generate
+from cabochon.losses.policy_gradient import policy_gradient
+from cabochon.models.critic import critic_of
+from cabochon.training.anchors import AnchorConfig, anchor_of
+from cabochon.training.optimizers import OptimizerConfig
+
+__all__ = ["RECIPE", "RlhfSettings"]
+
+
+def _gentle() -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=1e-4, weight_decay=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlhfSettings:
+    """Settings of `train rlhf`."""
+
+    run: Annotated[RunSettings, FLAT] = field(default_factory=RunSettings)
+    rewards: Annotated[RewardSettings, FLAT] = field(default_factory=RewardSettings)
+    plain: bool = False
+    """Prompts are the beginnings of texts, not turns of conversations."""
+    replay: str = ""
+    """A run whose RUN/rollouts are learned from: no data, no sampler and no reward are used."""
+    no_rollouts: bool = False
+    """Do not record what the policy writes in RUN/rollouts."""
+    start_kl: bool = False
+    """Report kl_start, the KL to the model that the run began with, where the anchor moves."""
+    method: Annotated[rlhf.Config, FLAT] = field(default_factory=rlhf.Config)
+    optimizer: Annotated[OptimizerConfig, FLAT] = field(default_factory=_gentle)
+
+    def __post_init__(self) -> None:
+        if self.replay and not Path(self.replay).exists():
+            raise ConfigError(f"--replay {self.replay}: there is no such run")
+        if self.method.baseline == "batch" and self.run.batch_size * self.method.samples < 2:
+            raise ConfigError(
+                "a single sample has no others to be compared with: --batch-size or --samples of "
+                "2 or more"
+            )
+
+
+def _pack(settings: RlhfSettings, tokenizer: Tokenizer) -> Rows:
+    method = settings.method
+    if settings.replay:
+        check_replay(settings.replay, tokenizer, method.steps * method.accumulate)
+        return NoRows()
+    return _prompts(settings, tokenizer)
+
+
+def _prompts(settings: RlhfSettings, tokenizer: Tokenizer) -> PromptRows:
+    return prompt_rows(
+        settings.run,
+        tokenizer,
+        plain=settings.plain,
+        room=settings.method.max_new_tokens,
+        answered=False,
+    )
+
+
+def _reward(settings: RlhfSettings, policy: Backbone, tokenizer: Tokenizer) -> RewardFn:
+    run, method = settings.run, settings.method
+    prompts: Sequence[Prompt] = _prompts(settings, tokenizer).prompts
+
+    def reference(count: int) -> Sequence[Group]:
+        """What the policy writes before it learns, for the scales of rewards."""
+        chosen = [torch.tensor(each.ids, device=run.device) for each in prompts[:count]]
+        how = method.settings(stop_ids(tokenizer, (), chat=not settings.plain))
+        return generate(policy, chosen, how, Key(run.seed).fold("scales"), 2)
+
+    return load_reward(
+        settings.rewards, tokenizer, prompts=prompts, data=run.data, device=run.device,
+        draw=reference,
+    )  # fmt: skip
+
+
+def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Training:
+    method, policy = settings.method, cast(Backbone, model)
+    reward = None if settings.replay else _reward(settings, policy, tokenizer)
+    anchor = anchor_of(model, method.anchor_config)
+    critic = critic_of(model, method.critic) if method.baseline == "value" else None
+    beginning = None
+    if settings.start_kl:
+        frozen = method.anchor == "frozen"
+        beginning = anchor.model if frozen else anchor_of(model, AnchorConfig()).model
+
+    def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
+        with records(
+            settings.run, tokenizer, algorithm="rlhf", first=start * method.accumulate,
+            replay=settings.replay, wanted=not settings.no_rollouts,
+        ) as found:  # fmt: skip
+            yield from rlhf.train(
+                method,
+                policy,
+                anchor,
+                batches,
+                optimizer,
+                key=Key(settings.run.seed),
+                stop_ids=stop_ids(tokenizer, (), chat=not settings.plain),
+                reward=reward,
+                critic=critic,
+                beginning=cast("Policy | None", beginning),
+                observe=found.observe,
+                source=found.source,
+                start=start,
+            )
+
+    if critic is None:
+        return Training(steps=train, extra=anchor.state)
+    learning = nn.ModuleDict({"policy": model, "critic": critic})
+    return Training(steps=train, extra={**anchor.state, **critic.state()}, learning=learning)
+
+
+def _objective(settings: RlhfSettings, _: Policy | None) -> Objective[Policy, TokenBatch]:
+    """The update alone, as `plan` rehearses it: rows as long as they may become."""
+
+    def loss(policy: Policy, batch: TokenBatch) -> Loss:
+        samples = settings.method.samples
+        whole = TokenBatch(**{k: v.repeat_interleave(samples, 0) for k, v in vars(batch).items()})
+        gain = torch.ones_like(whole.tokens, dtype=torch.float32)
+        found = policy_gradient(policy(whole), whole, gain)
+        return replace(found, weight=torch.tensor(float(whole.shape[0])))
+
+    return loss
+
+
+def _examine(
+    settings: RlhfSettings, tokenizer: Tokenizer, name: str
+) -> tuple[list[Check], list[Drawn]]:
+    return examine(
+        name,
+        settings.run,
+        tokenizer,
+        plain=settings.plain,
+        room=settings.method.max_new_tokens,
+        answered=False,
+        stop_ids=stop_ids(tokenizer, (), chat=not settings.plain),
+    )
+
+
+def _folders(settings: RlhfSettings) -> dict[str, str]:
+    return {} if settings.replay else reward_sources(settings.rewards)
+
+
+RECIPE = Recipe(
+    name="rlhf",
+    purpose="learn from a reward, close to an anchor (REINFORCE, RLOO, GRPO-style)",
+    settings=RlhfSettings,
+    chat=True,
+    pack=_pack,
+    train=_train,
+    objective=_objective,
+    folders=_folders,
+    examine=_examine,
+    without_data=lambda settings: bool(settings.replay),
+    not_planned="drawing the completions and judging them; the copies of the weights that are the "
+    "anchor and a critic of its own; the rollouts on the disk",
+)
