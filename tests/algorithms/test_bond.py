@@ -145,7 +145,7 @@ def test_a_draw_depends_on_step_and_row_alone() -> None:
 def test_only_the_order_of_rewards_counts_to_the_last_bit(
     config: bond.Config, ties: Any, reward: Callable[[Sequence[Group]], Tensor]
 ) -> None:
-    config = replace(config, ties=ties, regularisation=0.1)
+    config = replace(config, ties=ties, regularisation=0.1, steps=2)
 
     def stretched(groups: Sequence[Group]) -> Tensor:
         return (3.0 * reward(groups) / 10).exp() + 7.0

@@ -203,6 +203,17 @@ def at_kl(points: list[tuple[float, float]], kl: float) -> float:
     raise AssertionError(f"the path ends at {points[-1]}, before KL {kl}")
 
 
+@pytest.mark.claim
+def test_an_anchor_that_follows_slowly_pays_less_kl_than_one_that_is_copied() -> None:
+    """At equal KL more reward; and a frozen one stays where it was, near the best of two."""
+    ema, copied = (front(name, 0, 500) for name in ("EMA, eta 0.02", "copied every 50"))
+    for kl in (1.0, 1.5):
+        assert at_kl(ema, kl) > at_kl(copied, kl) + 0.02
+    frozen = front("frozen", 0, 300)
+    assert 0.05 < frozen[-1][0] < 0.4
+    assert frozen[-1][1] < at_kl(ema, 1.0)
+
+
 def table_of_jeffreys(seeds: int) -> None:
     for beta in BETAS:
         say(f"| {beta:g} | " + " | ".join(f"{each:.2f}" for each in means(beta, seeds)) + " |")
