@@ -28,6 +28,7 @@ from cabochon.files import hashes_below, sha256_of
 from cabochon.losses import cross_entropy
 from cabochon.models.foreign import ForeignModel
 from cabochon.models.gemma.decoder import Gemma
+from cabochon.models.reward_head import RewardModel
 from cabochon.training import checkpoint
 from cabochon.training.checkpoint import TrainingState
 from cabochon.training.metrics import Record
@@ -108,7 +109,7 @@ def opened(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any])
 def trained(
     stage: Stage,
     folder: Path,
-    model: Gemma | ForeignModel,
+    model: Gemma | ForeignModel | RewardModel,
     tokenizer: Tokenizer,
     optimizer: Optimizer,
     updates: Callable[[int], Iterator[Step]],
@@ -142,7 +143,10 @@ def trained(
     observe(Event(stage=stage.name, steps=stage.steps, note=note))
 
     def load(path: Path) -> None:
-        model.load_state_dict(folders.load_model(path).state_dict())
+        if isinstance(model, RewardModel):
+            model.load_state_dict(folders.load_reward(path)[0].state_dict())
+        else:
+            model.load_state_dict(folders.load_model(path).state_dict())
 
     outcome = supervise(
         run,
