@@ -152,3 +152,12 @@ def test_hashes_name_every_file_below(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "b" / "c" / "d") == digest
     assert hashes_below(tmp_path) == {"a": hashlib.sha256(b"").hexdigest(), "b/c/d": digest}
     flush_tree(tmp_path)
+
+
+def test_any_name_will_do(tmp_path: Path) -> None:
+    """Nothing that is done aside is called as the caller may call the file."""
+    for name in ("probe", "umask"):
+        with whole(tmp_path / name) as aside:
+            aside.mkdir()
+            (aside / "file").write_text("x")
+        assert (tmp_path / name / "file").read_text() == "x"

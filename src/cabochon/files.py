@@ -91,7 +91,7 @@ def hashes_below(folder: Path) -> dict[str, str]:
 
 def _share(path: Path, room: Path) -> None:
     """Let those read it whom the umask lets: some libraries write files for their owner alone."""
-    probe = room / "probe"
+    probe = room / f"{path.name}.umask"  # no name that the caller can have chosen
     os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
     usual = probe.stat().st_mode & 0o666
     for file in (path, *path.rglob("*")):
