@@ -128,7 +128,7 @@ def wrong_q(made: Learned, rows: int = 60) -> dict[str, float]:
 @pytest.mark.parametrize("seed", range(3))
 def test_stored_states_solve_what_needs_memory_and_what_has_none_cannot(seed: int) -> None:
     made = learned(seed)
-    assert made.curve[-1] == 1.0, made.curve
+    assert made.curve[-1] >= 0.95, made.curve
     wrong = wrong_q(made)
     # The cue is out of reach of the burn-in: only what was stored remembers it.
     assert wrong["zero, burn-in 4"] > 3 * wrong["stored, burn-in 4"], wrong
