@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cabochon.cli import demo as demo_verb
+from cabochon.cli import warm as warm_verb
+from cabochon.cli import warp as warp_verb
 from cabochon.cli.configuration import FLAT, build, read
 from cabochon.cli.machine import device_of, model_folder
 from cabochon.cli.stages import carry_out
@@ -22,6 +24,8 @@ PIPELINES = {
     "gemma2": "a teacher, a student distilled from it, the same student from scratch, tuning",
     "demo": "gemma2, sized for minutes, on the source of the standard library",
     "teacher_hacking": "does a student that nears its teacher leave the truth? five kinds of data",
+    "warm": "reward models that learned apart, averaged, beside their ensemble",
+    "warp": "policies that learned from a reward apart, merged, and the fronts of reward and KL",
 }
 """Pipeline -> what it makes."""
 
@@ -62,6 +66,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(unknown("pipeline", name, PIPELINES))
     if name == "demo":
         return demo_verb.main(words)
+    if name == "warm":
+        return warm_verb.main(words, description=PIPELINES[name])
+    if name == "warp":
+        return warp_verb.main(words, description=PIPELINES[name])
     kind: Any = Gemma2Settings if name == "gemma2" else TeacherHackingSettings
     invocation = read(
         kind,
@@ -89,6 +97,10 @@ def resume(folder: Path, content: Mapping[str, Any], *, as_json: bool) -> int:
     if name == "demo":
         config = build(demo.Config, rest, origin=origin)
         return carry_out(lambda o: demo.run(config, folder, o), folder, as_json=as_json)
+    if name == "warm":
+        return warm_verb.resume(folder, rest, as_json=as_json)
+    if name == "warp":
+        return warp_verb.resume(folder, rest, as_json=as_json)
     kind: Any = gemma2.Config if name == "gemma2" else teacher_hacking.Config
     recipe = build(kind, rest, origin=origin)
     return carry_out(_pipeline(recipe, folder), folder, as_json=as_json)

@@ -107,4 +107,7 @@ class _Lines:
 def _text(event: Event) -> str:
     if event.step is None:
         return ""
+    report = event.step.report
+    if "reward" in report:  # the loss of a policy gradient says nothing
+        return f"reward {report['reward']:.3f}  {report['completion_tokens']:.0f} tokens each"
     return f"loss {event.step.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s"

@@ -64,8 +64,10 @@ __all__ = ["Training", "picture", "render"]
 LABELS = {"teacher": "teacher", "scratch": "from scratch", "distilled": "distilled"}
 """What they are called in pictures."""
 ORDER = {"teacher": 0, "scratch": 1, "distilled": 2, "tuned": 3}
-AFTERWARDS = ("evaluation", "samples")
+AFTERWARDS = ("judgements", "evaluation", "samples")
 """Stages that come after the trainings."""
+JUDGED = "judged/"
+"""What the names of such stages begin with as judge one policy each: one row for all."""
 TEMPLATES = {"teacher_hacking": "hacking", "warp": "warp"}
 """Of pipelines with a page of their own."""
 SMOOTHING = 0.05
@@ -242,10 +244,12 @@ def _training_part(training: Training, number: int) -> dict[str, Any]:
     if training.metrics and figures.available():
         role = training.name if training.name in figures.COLOURS else "plain"
         updates = [each["step"] + 1 for each in training.metrics]
-        losses = [each["loss"] for each in training.metrics]
-        smoothed = _smoothed(losses)
-        lines = [Line(label="loss", role=role, x=updates, y=smoothed, faint=losses)]
-        part["loss"] = _curves(f"t{number}", lines, "updates", "loss in training, nats per token")
+        # The loss of a policy gradient says nothing; what it got for what it wrote does.
+        shown = "reward" if training.metrics[0].get("reward") is not None else "loss"
+        values = [each[shown] for each in training.metrics]
+        lines = [Line(label=shown, role=role, x=updates, y=_smoothed(values), faint=values)]
+        unit = {"loss": "loss in training, nats per token", "reward": "reward in training"}[shown]
+        part["loss"] = _curves(f"t{number}", lines, "updates", unit)
         if held_out := _measured(training, "held_out"):
             x, y = zip(*held_out, strict=True)
             measured = [Line(label="held-out", role=role, x=x, y=y)]
@@ -264,6 +268,9 @@ def _curves(name: str, lines: Sequence[Line], x_label: str, y_label: str) -> Mar
 
 def _stages(trainings: Sequence[Training], others: Mapping[str, float]) -> list[dict[str, Any]]:
     """The rows of the table of times."""
+    judged = sum(seconds for name, seconds in others.items() if name.startswith(JUDGED))
+    others = {name: each for name, each in others.items() if not name.startswith(JUDGED)}
+    others |= {"judgements": judged} if judged else {}
     rows = [
         {
             "name": name,

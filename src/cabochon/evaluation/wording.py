@@ -12,6 +12,11 @@ NAMES = {
     "scratch": "student from scratch",
     "distilled": "distilled student",
     "tuned": "tuned student",
+    "writer": "writer of functions",
+    "bond": "writer after BOND",
+    "iteration_1_member_1": "first member of WARP",
+    "iteration_1_member_2": "second member of WARP",
+    "iteration_1_merged": "merge of WARP",
     "before": "student before tuning",
     "after": "tuned student",
 }

@@ -1,8 +1,10 @@
 """The main job on text that every machine has: the source of the Python standard library.
 
 A tokenizer, a teacher, a student distilled from it beside the same student from scratch, and the
-distilled one tuned to say in a sentence what a function does, as its docstring did. Modules that
-are held out are read by no model before they judge all of them.
+distilled one tuned to say in a sentence what a function does, as its docstring did. The distilled
+one is then tuned the other way round, to write functions from signatures, and learns from a reward
+for such as parse (see `functions`). Modules that are held out are read by no model before they
+judge all of them.
 """
 
 from __future__ import annotations
@@ -12,27 +14,32 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cabochon.core.errors import ConfigError
 from cabochon.data import corpus
 from cabochon.files import whole
-from cabochon.pipelines import gemma2
+from cabochon.pipelines import functions, gemma2
 from cabochon.pipelines.recipe import Phase, Shape
 from cabochon.pipelines.stages import Event, Observe, nobody, opened
+from cabochon.pipelines.texts import Texts
 from cabochon.pipelines.timing import timed
 
-__all__ = ["Config", "Event", "Observe", "recipe", "run"]
+__all__ = ["Config", "Event", "Observe", "alignment", "recipe", "run"]
 
 HELD_OUT_FRACTION = 0.2
 """Of the modules: enough documents for an interval, and far more text is left than is read."""
 TABLES = frozenset({"encodings", "pydoc_data"})
 """Modules of tables and generated text, a fifth of the library; little is learned from them."""
 QUESTION = "Say in one sentence what this function does.\n\n"
-FULL_MINUTES = 4.5
+FULL_MINUTES = 7.0
 
 TEACH = Phase(steps=1200, rows=4, learning_rate=1e-2)
 LEARN = Phase(steps=560, rows=4, learning_rate=1e-2)
 TUNE = Phase(steps=200, rows=4, learning_rate=3e-3)
+WRITE = Phase(steps=200, rows=16, learning_rate=3e-3)
+BOND = Phase(steps=60, rows=32, learning_rate=2e-3)
+MEMBER = Phase(steps=20, rows=16, learning_rate=1e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +91,18 @@ def recipe(config: Config, folder: Path) -> gemma2.Config:
     )
 
 
+def alignment(config: Config) -> functions.Config:
+    """The alignment sized for `config.minutes`."""
+    scale = config.minutes / FULL_MINUTES
+    return functions.Config(
+        write=_scaled(WRITE, scale),
+        bond=_scaled(BOND, scale, least=2),
+        member=_scaled(MEMBER, scale, least=2),
+        held_out=max(20, min(400, round(200 * scale))),
+        seed=config.seed,
+    )
+
+
 def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, object]:
     """The results of the demo, which are also in `folder/results.json` and `folder/report.html`.
 
@@ -110,11 +129,17 @@ def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, ob
             "text": "source of the standard library of " + inputs["library"],
             "repeat": _command(config),
         }
-        return gemma2.build(recipe(config, folder), folder, observe, about)
+
+        def align(texts: Texts, models: Mapping[str, Path]) -> dict[str, Any]:
+            how, student, place = alignment(config), models["distilled"], folder / "corpus"
+            found = functions.aligned(how, folder, texts.tokenizer, student, place, observe)
+            return {"alignment": found}
+
+        return gemma2.build(recipe(config, folder), folder, observe, about, align)
 
 
-def _scaled(phase: Phase, scale: float) -> Phase:
-    return replace(phase, steps=max(10, round(phase.steps * scale)))
+def _scaled(phase: Phase, scale: float, least: int = 10) -> Phase:
+    return replace(phase, steps=max(least, round(phase.steps * scale)))
 
 
 def _command(config: Config) -> str:
@@ -132,13 +157,15 @@ def _write_corpus(folder: Path, observe: Observe) -> None:
     with timed(folder, "corpus"), whole(place) as aside:
         aside.mkdir()
         library = corpus.standard_library(HELD_OUT_FRACTION)
-        functions = corpus.summaries(HELD_OUT_FRACTION)
+        found = corpus.summaries(HELD_OUT_FRACTION)
         for name, documents in (("train", library.train), ("held_out", library.held_out)):
             kept = [each for each in documents if corpus.module_of(each.source) not in TABLES]
             rows = ({"text": each.text, "source": each.source} for each in kept)
             _write_lines(aside / f"{name}.jsonl", rows)
-        for name, found in (("chats", functions.train), ("held_out_chats", functions.held_out)):
-            _write_lines(aside / f"{name}.jsonl", map(_conversation, found))
+        for before, summaries in (("", found.train), ("held_out_", found.held_out)):
+            _write_lines(aside / f"{before}chats.jsonl", map(_conversation, summaries))
+            written = filter(None, map(functions.conversation_of, summaries))
+            _write_lines(aside / f"{before}functions.jsonl", written)
 
 
 def _conversation(found: corpus.Summary) -> dict[str, str]:

@@ -8,8 +8,9 @@ reads more. All are judged on documents that none has read.
 
 Source: Gemma Team 2024, arXiv:2408.00118, sections 3 (the student's target at every position is
 the teacher's whole distribution) and 4 (supervised fine-tuning).
-Deviations: the report also aligns with human feedback and averages models; those are methods of
-their own. Sizes, learning rates and lengths are ours: the report gives no learning rates.
+Deviations: the report also aligns with human feedback and averages models; those are pipelines of
+their own (`warp`, and `functions` in the demo). Sizes, learning rates and lengths are ours: the
+report gives no learning rates.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, ob
 
 
 def build(
-    config: Config, folder: Path, observe: Observe, about: dict[str, object]
+    config: Config,
+    folder: Path,
+    observe: Observe,
+    about: dict[str, object],
+    further: Callable[[Texts, Mapping[str, Path]], Mapping[str, Any]] | None = None,
 ) -> dict[str, object]:
     """`run`, in a folder that the caller has opened.
 
@@ -99,6 +104,8 @@ def build(
         folder: of the pipeline.
         observe: called with every event.
         about: `pipeline`, `title`, `text` and `repeat` of the results.
+        further: (texts, model folders by name) -> what else the results shall have; whatever it
+            makes is there already when it is called again.
     """
     with torch_threads(config.threads):
         work = _Work(config, prepared(config, folder, observe), folder, observe)
@@ -107,6 +114,7 @@ def build(
         distilled = _pretrained(work, "distilled", config.student, config.learn, teacher)
         tuned = _tuned(work, distilled)
         models = {"teacher": teacher, "scratch": scratch, "distilled": distilled, "tuned": tuned}
+        about = {**about, **(further(work.texts, models) if further else {})}
         return findings.written(config, work.texts, folder, models, about, observe)
 
 
