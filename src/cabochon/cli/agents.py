@@ -38,7 +38,9 @@ from cabochon.rl.agent_folder import load_into, read_acting, save_agent
 from cabochon.rl.collector import Collector
 from cabochon.rl.environment import Arrival, signature_of
 from cabochon.rl.evaluation import film, greedy, play, save_gif
+from cabochon.rl.footprint import actor_megabytes
 from cabochon.rl.recording import AgentRecorder
+from cabochon.runtime.memory import require_room
 from cabochon.training import checkpoint
 from cabochon.training.checkpoint import TrainingState
 from cabochon.training.metrics import Record
@@ -140,6 +142,8 @@ def begin(algorithm: str, words: Sequence[str]) -> int:
     refuse_missing(settings.run.track)
     use_threads(settings.run.threads)
     session = prepare(recipe, settings)
+    acting, runtime = settings.acting, settings.run.runtime
+    require_room(acting.actors, actor_megabytes(settings.run.spec, acting, runtime))
     run = create(folder, config=dump(settings, algorithm=algorithm), inputs=session.inputs)
     return _carry_out(session, run, done=0, as_json=invocation.json)
 

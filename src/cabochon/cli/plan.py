@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from cabochon.cli import forecast
 from cabochon.cli.configuration import read
 from cabochon.cli.machine import DTYPES, model_folder, use_threads
 from cabochon.cli.output import answer, bytes_text, console, duration_text, say
-from cabochon.cli.recipe import Recipe, split_words
+from cabochon.cli.recipe import AGENTS, Recipe, split_words
 from cabochon.cli.rows import Rows
 from cabochon.cli.session import begins_from_folder, config_for, load_tokenizer
 from cabochon.cli.settings import RunSettings, shape
@@ -39,6 +40,8 @@ class _Tokens:
 
 def main(argv: Sequence[str]) -> int:
     """Shows parameters, memory, tokens, disk and time."""
+    if argv and argv[0] in AGENTS:
+        return int(importlib.import_module("cabochon.cli.agent_plan").show(argv[0], argv[1:]))
     chosen = split_words("plan", argv)
     if chosen is None:
         return 0
