@@ -17,6 +17,7 @@ from cabochon.core.errors import ConfigError, DataError, TokenizerMismatch
 from cabochon.data.continuations import Sequences, Written, prompts_of, references_of
 from cabochon.losses import f_divergences, linear
 from cabochon.models.gemma import Gemma, preset
+from cabochon.rewards.experience import Experience
 from cabochon.training import OptimizerConfig, adamw
 
 VOCABULARY, EOS, BOS = 40, 1, 2
@@ -481,14 +482,15 @@ def test_own_sequences_bring_the_student_to_its_teacher() -> None:
     assert last < 0.7 * first
 
 
-def test_what_the_student_wrote_is_shown_once_an_update() -> None:
-    seen: list[tuple[int, int]] = []
+def test_all_that_the_student_wrote_is_shown() -> None:
+    seen: list[Experience] = []
     config = gkd.Config(steps=3, accumulate=2, max_new_tokens=4, samples=2)
-    run(
-        config, gemma(0), gemma(1),
-        observe=lambda step, groups: seen.append((step, len(groups[0].completions))),
-    )  # fmt: skip
-    assert seen == [(0, 2), (1, 2), (2, 2)]
+    run(config, gemma(0), gemma(1), observe=seen.append)
+    assert [(each.number, each.version) for each in seen] == [
+        (0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2),
+    ]  # fmt: skip
+    assert all(len(group.completions) == 2 for each in seen for group in each.groups)
+    assert not any(each.judged for each in seen)
 
 
 def test_an_all_masked_batch_has_nothing_to_learn_and_is_named() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from workshop import Done, Workshop, call, write_jsonl
 
 import cabochon
+from cabochon.rewards.experience import replayed
 from cabochon.training.metrics import read_metrics
 
 sys.path.append(str(Path(__file__).parents[1] / "generation"))
@@ -103,6 +104,10 @@ def test_a_run_leaves_metrics_samples_and_a_model(folder: Path, whole: Path) -> 
         assert "+1" in sample["prompt"]
         assert sample["completion"] == tokenizer.decode(sample["tokens"])
         assert len(sample["logprobs"]) == len(sample["tokens"])
+    drawn = list(replayed(whole / "rollouts", 0))
+    assert [each.number for each in drawn] == [*range(STEPS)]
+    texts = [tokenizer.decode(g.completions[0].tokens.tolist()) for g in drawn[3].groups]
+    assert texts == [sample["completion"] for sample in samples]
     config = yaml.safe_load((whole / "config.yaml").read_text())
     assert config["algorithm"] == "gkd"
     assert config["model"]["source"] == str(folder / "student")

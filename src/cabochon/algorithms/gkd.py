@@ -10,18 +10,16 @@ the term that the paper leaves out. No divergence is multiplied by a squared tem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from cabochon.core import (
     Backbone,
-    Group,
     Key,
     Loss,
     Objective,
@@ -35,17 +33,15 @@ from cabochon.core.errors import ConfigError
 from cabochon.data.continuations import Sequences, prompts_of, references_of, written_in
 from cabochon.generation.engine import Settings, generate
 from cabochon.losses import f_divergences, linear
-from cabochon.losses.policy_gradient import future_sums, leave_one_out, policy_gradient
+from cabochon.losses.policy_gradient import future_sums, policy_gradient
 from cabochon.losses.tempering import tempered, text_targets
+from cabochon.rewards.experience import Experience, Observe, gains
+from cabochon.rewards.scores import Scores, scores
 from cabochon.training import parallel, rollout_metrics
 from cabochon.training.fit import fit
 from cabochon.training.schedules import Kind, Schedule, scheduled
 
-__all__ = ["PRESETS", "Config", "Observe", "objective", "sequences", "train"]
-
-Observe = Callable[[int, Sequence[Group]], None]
-"""Is shown an update's index and what the student wrote for its first micro-batch."""
-
+__all__ = ["PRESETS", "Config", "objective", "sequences", "train"]
 
 PRESETS: Mapping[str, float] = {
     "sft": 0.0, "seq_kd": 0.0, "supervised_kd": 0.0, "imit_kd": 0.5, "on_policy": 1.0,
@@ -185,9 +181,13 @@ def sequences(
             config.samples,
             indices=[first + row for row, mine in enumerate(own) if mine],
         )
-        if observe is not None and part == 0:
-            observe(step, groups)
-        found = written_in(groups, own=True, **_rewards(config, reward, groups))
+        rewards = torch.zeros(len(groups), config.samples)
+        judged = Scores(total=rewards) if reward is None else scores(reward, groups)
+        if observe is not None and groups:
+            observe(Experience(number=number, groups=tuple(groups), scores=judged, version=step,
+                               judged=reward is not None))  # fmt: skip
+        above = rewards if reward is None else gains(judged.total, config.baseline)
+        found = written_in(groups, own=True, rewards=judged.total, gains=above)
         found += references_of(batch, stop_ids, [row for row, mine in enumerate(own) if not mine])
         yield Sequences.of(found, batch.tokens.device)
 
@@ -252,7 +252,7 @@ def train(
         stop_ids: tokens that end a completion; they are learned.
         teacher: whose distributions to learn; none where the text itself is learned.
         reward: of the student's completions, where `distillation_weight` is below 1.
-        observe: called before an update with its index and what the student wrote for it.
+        observe: shown what the student wrote for a micro-batch before it is learned from.
         start: how many updates were already made.
 
     Raises:
@@ -271,12 +271,3 @@ def train(
                 schedule=config.learning_rate_schedule, start=start)  # fmt: skip
     for step in islice(steps, max(0, config.steps - start)):
         yield replace(step, report=rollout_metrics.metrics(step.report))
-
-
-def _rewards(config: Config, reward: RewardFn | None, groups: Sequence[Group]) -> dict[str, Tensor]:
-    """P G each: rewards, and what they are above their baseline; neither without a reward."""
-    if reward is None:
-        return {}
-    rewards = reward(groups)
-    compared = rewards if config.baseline == "prompt" else rewards.flatten()
-    return {"rewards": rewards, "gains": leave_one_out(compared).view_as(rewards)}

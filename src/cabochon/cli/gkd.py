@@ -21,9 +21,10 @@ from cabochon.cli.generate import stop_ids
 from cabochon.cli.prompts import examine, prompt_rows
 from cabochon.cli.proxy import ProxySettings, check_proxy, watching
 from cabochon.cli.recipe import Recipe, Train
+from cabochon.cli.rollouts import records
 from cabochon.cli.settings import Architecture, RunSettings
 from cabochon.cli.teachers import TeacherSettings, kind, load_teacher, open_cache
-from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, Step, Teacher, TokenBatch
+from cabochon.core import Backbone, Key, Loss, Objective, Policy, Step, Teacher, TokenBatch
 from cabochon.core.errors import ConfigError
 from cabochon.data.continuations import Sequences, prompts_of, written_in
 from cabochon.data.prompts import PromptRows
@@ -31,6 +32,7 @@ from cabochon.data.tokenizer import Tokenizer
 from cabochon.files import write_whole
 from cabochon.generation.engine import generate
 from cabochon.models.gemma.presets import PRESETS
+from cabochon.rewards.experience import Experience, Observe
 from cabochon.training import parallel
 from cabochon.training.optimizers import OptimizerConfig
 
@@ -58,7 +60,9 @@ class GkdSettings:
     plain: bool = False
     """Prompts are the beginnings of texts, not turns of conversations."""
     sample_every: int = 20
-    """Updates between records of what the student writes, in RUN/samples; 0: none."""
+    """Updates between texts of what the student writes, in RUN/samples; 0: none."""
+    no_rollouts: bool = False
+    """Do not record all that the student writes in RUN/rollouts."""
     proxy: Annotated[ProxySettings, FLAT] = field(default_factory=ProxySettings)
     method: Annotated[gkd.Config, FLAT] = field(default_factory=gkd.Config)
     optimizer: Annotated[OptimizerConfig, FLAT] = field(default_factory=_gentle)
@@ -129,7 +133,7 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
     if settings.teaching.named:
         teacher = load_teacher(settings.teaching, settings.run, tokenizer)
     stops = stop_ids(tokenizer, (), chat=not settings.plain)
-    observe = _recorder(settings, tokenizer)
+    show = _samples(settings, tokenizer)
     watch = watching(
         settings.proxy,
         settings.run,
@@ -144,18 +148,28 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
     def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
         if method.preset == "seq_kd":
             batches = _taught(settings, cast(Backbone, teacher), batches, stops)
-        steps = gkd.train(
-            method,
-            cast(Backbone, model),
-            batches,
-            optimizer,
-            key=key,
-            stop_ids=stops,
-            teacher=None if method.learns_text else teacher,
-            observe=observe,
-            start=start,
-        )
-        return watch(steps, start)
+        first = start * method.accumulate
+        with records(
+            settings.run, tokenizer, algorithm="gkd", first=first, wanted=not settings.no_rollouts
+        ) as found:
+
+            def observe(experience: Experience) -> None:
+                show(experience)
+                if found.observe is not None:
+                    found.observe(experience)
+
+            steps = gkd.train(
+                method,
+                cast(Backbone, model),
+                batches,
+                optimizer,
+                key=key,
+                stop_ids=stops,
+                teacher=None if method.learns_text else teacher,
+                observe=observe,
+                start=start,
+            )
+            yield from watch(steps, start)
 
     return train
 
@@ -210,14 +224,13 @@ def _index(prompt: Tensor) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _recorder(settings: GkdSettings, tokenizer: Tokenizer) -> gkd.Observe | None:
-    """Writes what the student wrote for some updates into the run directory."""
+def _samples(settings: GkdSettings, tokenizer: Tokenizer) -> Observe:
+    """Writes what the student wrote for some updates into the run directory, as text."""
     every, out = settings.sample_every, settings.run.out
-    if not every or not out or parallel.rank() > 0:
-        return None
 
-    def record(step: int, groups: Sequence[Group]) -> None:
-        if step % every or not groups:
+    def record(experience: Experience) -> None:
+        step, part = divmod(experience.number, settings.method.accumulate)
+        if part or not every or step % every or not out or parallel.rank() > 0:
             return
         lines = [
             {
@@ -228,7 +241,7 @@ def _recorder(settings: GkdSettings, tokenizer: Tokenizer) -> gkd.Observe | None
                 "logprobs": [round(value, 6) for value in each.model_logprob.tolist()],
                 "stopped": each.stopped,
             }
-            for group in groups[:SHOWN]
+            for group in experience.groups[:SHOWN]
             for each in group.completions
         ]
         # A file for each update: a run that resumes writes the same again.
