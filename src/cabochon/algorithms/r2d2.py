@@ -177,7 +177,8 @@ def objective(
             heard(batch, priorities)
         report = {"priority": priorities.sum(), "q": chosen.detach().mean(0).sum()}
         total = (td.sequence_losses(errors, learned) * batch.weights).sum()
-        return Loss(total=total, weight=torch.tensor(float(errors.shape[1])), report=report)
+        weight = torch.tensor(float(errors.shape[1]), device=total.device)
+        return Loss(total=total, weight=weight, report=report)
 
     return loss
 
