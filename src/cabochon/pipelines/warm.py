@@ -94,7 +94,7 @@ class Config:
     plain: bool = False
     """Prompts and answers are plain texts, not turns of a conversation."""
     judged: int = 1000
-    """The models are compared on so many of the training pairs, at most."""
+    """The models are compared on so many training pairs of each kind of label, at most."""
     seed: int = 0
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
@@ -170,7 +170,7 @@ def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, ob
     }
     tokenizer = _common_tokenizer(config)
     refuse_strangers([Path(start) for start in config.starts])
-    work = _Work(config, tokenizer, folder, observe, _sets(config, tokenizer, observe))
+    work = _Work(config, tokenizer, folder, observe, *_sets(config, tokenizer, observe))
     settings = {"pipeline": "warm", **asdict(config)}
     with opened(folder, settings, inputs).locked(), torch_threads(config.threads):
         probe = _probe(work)
@@ -215,14 +215,10 @@ class _Work:
     tokenizer: Tokenizer
     folder: Path
     observe: Observe
-    sets: dict[str, list[PairTokens]]
-    """corrupted (what is learned), clean (the same with the right labels), held_out, ood."""
-
-    @property
-    def compared(self) -> dict[str, list[PairTokens]]:
-        """What models are compared on: of the training pairs the first `judged`."""
-        most = {"corrupted": self.config.judged, "clean": self.config.judged}
-        return {name: pairs[: most.get(name)] for name, pairs in self.sets.items()}
+    learned: list[PairTokens]
+    """Labels as they are learned, right or swapped."""
+    compared: dict[str, list[PairTokens]]
+    """What models are compared on: corrupted and clean (training pairs), held_out, ood."""
 
     def trained(
         self, name: str, model: RewardModel, recipe: Recipe, steps: int, key: Key, *, probe: bool
@@ -233,7 +229,7 @@ class _Work:
             model, OptimizerConfig(learning_rate=recipe.learning_rate, weight_decay=0.0)
         )
         method = reward_model.Config(steps=steps, dropout=recipe.dropout)
-        pairs = Pairs(self.sets["corrupted"])
+        pairs = Pairs(self.learned)
 
         def updates(start: int) -> Iterator[Step]:
             batches = pairs.batches(key.fold("batches"), config.batch_size, start)
@@ -287,7 +283,7 @@ def _compared(work: _Work, probe: Path, members: Sequence[Path]) -> dict[str, ob
     config, folder = work.config, work.folder
     with timed(folder, "evaluation"):
         judged = [_judged(work, path) for path in members]
-        ranks_by = "ood" if "ood" in work.sets else "held_out"
+        ranks_by = "ood" if "ood" in work.compared else "held_out"
         order = sorted(range(len(members)), key=lambda n: -judged[n].accuracy(ranks_by))
         best = sorted(order[: config.average or len(members)])
         place = folder / "warm"
@@ -332,22 +328,27 @@ def _backbone(start: str, device: str) -> Gemma | ForeignModel:
     return folders.load_model(start, device=device)
 
 
-def _sets(config: Config, tokenizer: Tokenizer, observe: Observe) -> dict[str, list[PairTokens]]:
-    clean = _encoded(config.data, config, tokenizer, observe)
-    corrupted = with_flipped(clean, config.flipped, Key(config.seed))
-    sets = {"corrupted": corrupted, "clean": clean}
-    sets["held_out"] = _encoded(config.held_out, config, tokenizer, observe)
+def _sets(
+    config: Config, tokenizer: Tokenizer, observe: Observe
+) -> tuple[list[PairTokens], dict[str, list[PairTokens]]]:
+    """The pairs to learn, and those to compare models on."""
+    given = _encoded(config.data, config, tokenizer, observe)
+    learned = with_flipped(given, config.flipped, Key(config.seed))
+    swapped = [one for one, right in zip(learned, given, strict=True) if one is not right]
+    clean = [one for one, right in zip(learned, given, strict=True) if one is right]
+    compared = {"corrupted": swapped[: config.judged], "clean": clean[: config.judged]}
+    compared["held_out"] = _encoded(config.held_out, config, tokenizer, observe)
     if config.out_of_distribution:
-        sets["ood"] = _encoded(config.out_of_distribution, config, tokenizer, observe)
-    learned = {(pair.prompt, frozenset((pair.chosen, pair.rejected))) for pair in clean}
+        compared["ood"] = _encoded(config.out_of_distribution, config, tokenizer, observe)
+    known = {(pair.prompt, frozenset((pair.chosen, pair.rejected))) for pair in given}
     for name in ("held_out", "ood"):
-        for pair in sets.get(name, ()):
-            if (pair.prompt, frozenset((pair.chosen, pair.rejected))) in learned:
+        for pair in compared.get(name, ()):
+            if (pair.prompt, frozenset((pair.chosen, pair.rejected))) in known:
                 raise DataError(
                     f"{pair.source} is also in {config.data}; what models are judged on must not "
                     "be learned"
                 )
-    return sets
+    return learned, {name: pairs for name, pairs in compared.items() if pairs}
 
 
 def _encoded(path: str, config: Config, tokenizer: Tokenizer, observe: Observe) -> list[PairTokens]:

@@ -19,8 +19,8 @@ from cabochon.rewards.preference_model import score_sequences
 __all__ = ["TITLES", "Judged", "findings", "judge", "table"]
 
 TITLES = {
-    "corrupted": "training pairs, labels as learned",
-    "clean": "training pairs, right labels",
+    "corrupted": "training pairs with swapped labels (learned by heart: less is better)",
+    "clean": "training pairs with their own labels",
     "held_out": "held-out pairs",
     "ood": "pairs of another kind",
 }
