@@ -46,7 +46,7 @@ import yaml
 from markupsafe import Markup
 
 from cabochon.core.errors import FolderError
-from cabochon.evaluation import alignment_page, figures, hacking_page
+from cabochon.evaluation import agent_page, alignment_page, figures, hacking_page
 from cabochon.evaluation.figures import Interval, Line
 from cabochon.evaluation.wording import (
     NAMES,
@@ -112,7 +112,8 @@ def render(folder: Path) -> Path:
     """
     content = _page(folder)
     pipeline = content["results"]["pipeline"] if content["results"] else ""
-    page = _template(TEMPLATES.get(pipeline, "report")).render(content)
+    template = "agent" if "agent" in content else TEMPLATES.get(pipeline, "report")
+    page = _template(template).render(content)
     path = folder / "report.html"
     write_whole(path, page)
     return path
@@ -187,6 +188,8 @@ def _page(folder: Path) -> dict[str, Any]:
         page |= _findings(results, trainings)
     elif not alone:
         page["title"] = f"Pipeline {folder.resolve().name}, unfinished"
+    elif agent_page.is_agent(trainings[0].config):
+        page |= agent_page.page(folder, trainings[0].config, trainings[0].metrics)
     return page
 
 
