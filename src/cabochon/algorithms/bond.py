@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cabochon.core import Backbone, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
-from cabochon.core.errors import ConfigError, Diverged
+from cabochon.core.errors import ConfigError
 from cabochon.data.continuations import Sequences, prompts_of
 from cabochon.generation.engine import Settings
 from cabochon.generation.modes import device_of
@@ -33,7 +33,7 @@ from cabochon.generation.score import score
 from cabochon.losses import best_of_n_distillation as target
 from cabochon.losses.policy_gradient import logprobs, policy_gradient
 from cabochon.losses.tempering import tempered
-from cabochon.rewards.comparison import compared, paired
+from cabochon.rewards.comparison import compared, paired, refuse_beyond
 from cabochon.rewards.experience import Experience, Observe, draw
 from cabochon.rewards.ranks import Ties
 from cabochon.training import parallel, rollout_metrics
@@ -62,7 +62,7 @@ class Config:
     ties: Ties = "equal"
     """Equal rewards are equal, or ordered by a hash of prompt and completion."""
     samples: int = 1
-    """Of the policy for each prompt."""
+    """G, of the policy for each prompt."""
     anchor_samples: int = 2
     """k, of the anchor for each prompt; the first n compete to be its best."""
     baseline: Literal["batch", "prompt"] = "batch"
@@ -175,7 +175,11 @@ def experiences(
 def judged(
     config: Config, own: Experience, others: Experience, anchor: Policy, beginning: Policy | None
 ) -> Drawn:
-    """Ranks the policy's samples among the anchor's; nothing else of the rewards is learned."""
+    """Ranks the policy's samples among the anchor's; nothing else of the rewards is learned.
+
+    Raises:
+        Diverged: the policy has left the anchor.
+    """
     found = compared(own, others, best_of=config.n, ties=config.ties,
                      device=device_of(anchor, own.scores.total))  # fmt: skip
     log_p = target.log_quantile(found.at_most, found.draws, config.quantile)
@@ -187,9 +191,11 @@ def judged(
         sums = [torch.stack([each.sum() for each in row]) for row in rows]
         return torch.stack(sums).to(log_p.device)
 
+    held = likely(anchor)
+    refuse_beyond(config.max_kl, own, held[:, :-1])
     return Drawn(
         rows=found.rows(log_p.device),
-        anchor=likely(anchor),
+        anchor=held,
         beginning=None if beginning is None else likely(beginning),
         tilt=target.log_tilt(log_p, config.n, factor),
         report={**found.report, "log_quantile": log_p.mean(1).sum()},
@@ -208,11 +214,6 @@ def objective(config: Config) -> Objective[Policy, Drawn]:
         logprob = logprobs(law, batch).sum(1).view_as(drawn.anchor)
         log_ratio, best = (logprob - drawn.anchor).split([config.samples, 1], dim=1)
         tokens = batch.mask[drawn.rows.own].sum()
-        distance = float(log_ratio.sum() / tokens)
-        if not distance <= config.max_kl:
-            raise Diverged(f"KL to the anchor is {distance:.1f} nats a token, above max_kl "
-                           f"{config.max_kl:g}; nothing was learned from that. Lower the learning "
-                           "rate, raise regularisation, or look at the reward")  # fmt: skip
         gain = target.jeffreys_gains(drawn.tilt, log_ratio, backward=config.backward,
                                      regularisation=config.regularisation,
                                      within_prompt=config.baseline == "prompt")  # fmt: skip

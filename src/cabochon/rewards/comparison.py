@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from cabochon.core import Group
-from cabochon.core.errors import DataError
+from cabochon.core.errors import DataError, Diverged
 from cabochon.data.continuations import Sequences, written_in
 from cabochon.rewards.experience import Experience, Observe
 from cabochon.rewards.ranks import Ties, ranks
 
-__all__ = ["Comparison", "compared", "paired"]
+__all__ = ["Comparison", "compared", "paired", "refuse_beyond"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,3 +127,24 @@ def paired(
             observe(own)
             observe(others)
         yield own, others
+
+
+def refuse_beyond(most: float, own: Experience, anchor: Tensor) -> None:
+    """For a policy that has left its anchor: nothing good comes back from there.
+
+    Args:
+        most: nats a token of KL to the anchor, by what the policy wrote.
+        own: that, with the log-probabilities it was drawn with.
+        anchor: P G, log-probabilities of the same completions under the anchor.
+
+    Raises:
+        Diverged: it is further.
+    """
+    drawn = torch.cat([each.logprob for group in own.groups for each in group.completions])
+    distance = float(drawn.sum() - anchor.sum().to(drawn.device)) / len(drawn)
+    if not distance <= most:
+        raise Diverged(
+            f"update {own.version}: KL to the anchor is {distance:.1f} nats a token, above max_kl "
+            f"{most:g}; nothing was learned from that. Lower the learning rate, raise "
+            "regularisation, or look at what the reward likes"
+        )
