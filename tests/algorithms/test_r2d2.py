@@ -201,7 +201,7 @@ def test_more_cuts_than_there_is_room_for_are_refused() -> None:
 class Play:
     """Everything a run of R2D2 consists of, on a task of memory with short lives."""
 
-    def __init__(self, seed: int = 0, **settings: Any) -> None:
+    def __init__(self, seed: int = 0, *, runtime: str = "inline", **settings: Any) -> None:
         config: dict[str, Any] = {
             "burn_in": 2, "unroll_length": 4, "batch_size": 4, "minimum": 6, "capacity": 20,
             "steps": 12, "replay_ratio": 1.5, "target_every": 4,
@@ -210,7 +210,6 @@ class Play:
         spec = EnvironmentSpec(
             name="cabochon.rl.cue_recall:CueRecall-v0",
             options={"delay": 3},
-            max_episode_steps=settings.get("limit"),
         )
         key = Key(seed)
         seen = Signature(shape=(4,), dtype="float32", actions=3)
@@ -223,7 +222,7 @@ class Play:
             self.network, spec, epsilon_greedy(epsilons(4)), key,
             acting=ActingConfig(actors=2, environments=2),
             cutting=self.config.cutting,
-            runtime="inline",
+            runtime=runtime,
         )  # fmt: skip
         self.pace = Pace()
         self.key = key
@@ -262,8 +261,9 @@ def test_what_is_stored_replays_to_what_was_said() -> None:
     assert any(not unroll.begins and unroll.state[0].any() for unroll in unrolls)
 
 
-def test_the_ratio_is_exact_and_targets_and_priorities_follow_the_learning() -> None:
-    play, config = Play(), Play().config
+@pytest.mark.parametrize("runtime", ["inline", "threads"])
+def test_the_ratio_is_exact_and_the_target_follows_the_learning(runtime: str) -> None:
+    play, config = Play(runtime=runtime), Play().config
     with play.collector:
         for step in play.steps():
             made = step.index + 1

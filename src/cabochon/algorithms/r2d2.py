@@ -80,8 +80,8 @@ class Config:
     importance_exponent: float = 0.6
     eta: float = 0.9
     """Priority: eta of the largest error of a sequence, the rest of the mean one."""
-    finals: int = 1
-    """How many episodes may be cut short within a sequence."""
+    finals: int = 4
+    """How many episodes may be cut short within a sequence; more are an error."""
     max_grad_norm: float = 40.0
     """Longer mean gradients are shortened to this norm."""
 
@@ -99,6 +99,7 @@ class Config:
              f"replay_ratio must be above 0, got {self.replay_ratio}"),
             (self.capacity < self.minimum, "the replay must hold its minimum: capacity "
              f"{self.capacity}, minimum {self.minimum}"),
+            (self.finals < 0, f"finals must not be negative, got {self.finals}"),
             (not self.rescaling >= 0.0, f"rescaling must be at least 0, got {self.rescaling}"),
             (not self.max_grad_norm > 0.0, "max_grad_norm must be above 0"),
         ):  # fmt: skip

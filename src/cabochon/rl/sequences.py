@@ -63,7 +63,7 @@ def items_of(unroll: Unroll, finals: int) -> dict[str, Array]:
     if cut > finals:
         raise DataError(
             f"{cut} episodes of environment {unroll.environment} were cut short within "
-            f"{len(unroll.first)} steps; there is room for {finals}: allow more, or longer episodes"
+            f"{len(unroll.first)} steps; there is room for {finals}: raise finals, or cut later"
         )
     time = np.zeros(finals, np.int64)  # 0 is no place: its action would lie before the sequence
     last = np.zeros((finals, *unroll.observation.shape[1:]), unroll.observation.dtype)
