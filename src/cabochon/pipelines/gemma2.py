@@ -104,8 +104,8 @@ def build(
         folder: of the pipeline.
         observe: called with every event.
         about: `pipeline`, `title`, `text` and `repeat` of the results.
-        further: (texts, model folders by name) -> what else the results shall have; whatever it
-            makes is there already when it is called again.
+        further: (texts, model folders by name) -> what else the results shall have; asked until
+            they are written.
     """
     with torch_threads(config.threads):
         work = _Work(config, prepared(config, folder, observe), folder, observe)
@@ -114,7 +114,8 @@ def build(
         distilled = _pretrained(work, "distilled", config.student, config.learn, teacher)
         tuned = _tuned(work, distilled)
         models = {"teacher": teacher, "scratch": scratch, "distilled": distilled, "tuned": tuned}
-        about = {**about, **(further(work.texts, models) if further else {})}
+        if further is not None and not (folder / "results.json").is_file():
+            about = {**about, **further(work.texts, models)}
         return findings.written(config, work.texts, folder, models, about, observe)
 
 
