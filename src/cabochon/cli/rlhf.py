@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -16,6 +17,7 @@ from cabochon.cli.checks import Check
 from cabochon.cli.configuration import FLAT
 from cabochon.cli.drawing import Drawn
 from cabochon.cli.generate import stop_ids
+from cabochon.cli.machine import device_of
 from cabochon.cli.prompts import examine, prompt_rows
 from cabochon.cli.recipe import Recipe, Training
 from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
@@ -25,10 +27,13 @@ from cabochon.cli.settings import RunSettings
 from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
 from cabochon.core.errors import ConfigError
 from cabochon.data.prompts import Prompt, PromptRows
+from cabochon.data.rlds.layout import is_dataset
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.generation.engine import generate
 from cabochon.losses.policy_gradient import policy_gradient
 from cabochon.models.critic import critic_of
+from cabochon.rewards.ahead import Ahead
+from cabochon.rewards.experience import Experience, replayed
 from cabochon.training.anchors import AnchorConfig, anchor_of
 from cabochon.training.optimizers import OptimizerConfig
 
@@ -51,6 +56,9 @@ class RlhfSettings:
     """A run whose RUN/rollouts are learned from: no data, no sampler and no reward are used."""
     no_rollouts: bool = False
     """Do not record what the policy writes in RUN/rollouts."""
+    lag: int = 0
+    """Let another thread write so many steps ahead, with weights as old as that at most; needs a
+    --correction. 0: the learner writes itself, when it is due."""
     start_kl: bool = False
     """Report kl_start, the KL to the model that the run began with, where the anchor moves."""
     method: Annotated[rlhf.Config, FLAT] = field(default_factory=rlhf.Config)
@@ -59,6 +67,13 @@ class RlhfSettings:
     def __post_init__(self) -> None:
         if self.replay and not Path(self.replay).exists():
             raise ConfigError(f"--replay {self.replay}: there is no such run")
+        if self.lag < 0 or (self.lag and self.method.correction == "none"):
+            raise ConfigError(
+                f"--lag {self.lag}: what older weights wrote is learned from with importance "
+                "ratios; a lag of 1 or more needs --correction truncate, or clip"
+            )
+        if self.lag and self.replay:
+            raise ConfigError("--lag is for what is written now, --replay for what was")
         if self.method.baseline == "batch" and self.run.batch_size * self.method.samples < 2:
             raise ConfigError(
                 "a single sample has no others to be compared with: --batch-size or --samples of "
@@ -115,6 +130,10 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
             settings.run, tokenizer, algorithm="rlhf", first=start * method.accumulate,
             replay=settings.replay, wanted=not settings.no_rollouts,
         ) as found:  # fmt: skip
+            stops = stop_ids(tokenizer, (), chat=not settings.plain)
+            source = found.source
+            if settings.lag and reward is not None:
+                source = _ahead(settings, model, batches, reward, stops, start)
             yield from rlhf.train(
                 method,
                 policy,
@@ -122,12 +141,12 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
                 batches,
                 optimizer,
                 key=Key(settings.run.seed),
-                stop_ids=stop_ids(tokenizer, (), chat=not settings.plain),
-                reward=reward,
+                stop_ids=stops,
+                reward=reward if source is None else None,
                 critic=critic,
                 beginning=cast("Policy | None", beginning),
                 observe=found.observe,
-                source=found.source,
+                source=source,
                 start=start,
             )
 
@@ -135,6 +154,39 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
         return Training(steps=train, extra=anchor.state)
     learning = nn.ModuleDict({"policy": model, "critic": critic})
     return Training(steps=train, extra={**anchor.state, **critic.state()}, learning=learning)
+
+
+def _ahead(
+    settings: RlhfSettings,
+    model: nn.Module,
+    batches: Iterable[TokenBatch],
+    reward: RewardFn,
+    stops: Sequence[int],
+    start: int,
+) -> Iterator[Experience]:
+    """What a writer of its own draws ahead; first what an interrupted run had recorded already.
+
+    The weights that wrote it are gone, so it could not be drawn again as it was.
+    """
+    method = settings.method
+    first = start * method.accumulate
+    folder = Path(settings.run.out or ".") / "rollouts"
+    known = list(replayed(folder, first)) if settings.run.out and is_dataset(folder) else []
+    yield from (each.to(device_of(settings.run.device)) for each in known)
+    step, part = divmod(first + len(known), method.accumulate)
+    due = islice(batches, (step - start) * method.accumulate, None)
+
+    def experiences(writer: Backbone) -> Iterator[Experience]:
+        return rlhf.experiences(
+            method, writer, due, reward=reward, key=Key(settings.run.seed), stop_ids=stops,
+            start=step,
+        )  # fmt: skip
+
+    with Ahead(
+        model, experiences, lag=settings.lag, total=method.steps * method.accumulate,
+        start=step * method.accumulate, accumulate=method.accumulate, updates=method.updates,
+    ) as source:  # fmt: skip
+        yield from islice(source, part, None)
 
 
 def _objective(settings: RlhfSettings, _: Policy | None) -> Objective[Policy, TokenBatch]:
