@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from test_train_rlhf import STEPS, assert_same_run, folder, metrics, train, weights, words
+from test_train_rlhf import STEPS, assert_same_run, folder, metrics, train, words
 from workshop import call
 
 from cabochon.rewards.experience import replayed
@@ -40,15 +39,10 @@ def test_a_run_ahead_is_recorded_resumed_after_a_kill_and_replayed(
     found = list(replayed(out / "rollouts", 0))
     assert [each.number for each in found] == [*range(STEPS)]
     assert all(0 <= each.number - each.version <= 2 for each in found)
-    again = train(
-        folder, tmp_path / "again", replay=out, reward=None, data=None, correction="truncate"
-    )
+    more = {"replay": out, "reward": None, "data": None, "correction": "truncate"}
+    again = train(folder, tmp_path / "again", **more)
     assert again.code == 0, again.err
     assert_same_run(tmp_path / "again", out)
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(weights(out).values(), weights(out, 2).values(), strict=True)
-    )
 
 
 def test_a_lag_needs_a_correction(folder: Path, tmp_path: Path) -> None:

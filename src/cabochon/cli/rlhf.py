@@ -57,8 +57,8 @@ class RlhfSettings:
     no_rollouts: bool = False
     """Do not record what the policy writes in RUN/rollouts."""
     lag: int = 0
-    """Let another thread write so many steps ahead, with weights as old as that at most; needs a
-    --correction. 0: the learner writes itself, when it is due."""
+    """Let another thread write so many steps ahead, with weights as old as that at most; such
+    experience needs a correction. 0: the learner writes itself, when it is due."""
     start_kl: bool = False
     """Report kl_start, the KL to the model that the run began with, where the anchor moves."""
     method: Annotated[rlhf.Config, FLAT] = field(default_factory=rlhf.Config)
