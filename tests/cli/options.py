@@ -31,6 +31,7 @@ COMMANDS = (
     "train r2d2",
     "run gemma2",
     "run teacher_hacking",
+    "run warm",
     "run warp",
     "resume",
     "plan pretrain",
