@@ -211,7 +211,7 @@ def main() -> None:
             vocabulary, _ = SETTINGS[setting]
             model = Gemma.init(replace(MODEL, vocab_size=vocabulary), Key(0))
             with torch.no_grad():
-                model.embedding.mul_(5.0)  # so that it has opinions
+                model.embedding.mul_(2.0)  # so that it has opinions
             write_gemma(model, Path(folder) / setting)
             result = results[setting] = compare(__file__, setting, rounds=rounds)
             for side in ("peer", "ours"):

@@ -224,6 +224,9 @@ def test_a_killed_process_loses_nothing_and_the_next_goes_on(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", source], env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL  # with one of the two groups of micro-batch 3
     with recorder(tmp_path / "rollouts", Ids()) as record:
+        recalled = list(record.recalled(1))
+        assert [each.number for each in recalled] == [1, 2]
+        assert_same(recalled[1], experience(2))
         for number in range(2, 5):
             record(experience(number))
     found = list(replayed(tmp_path / "rollouts", 0))

@@ -17,7 +17,6 @@ from cabochon.cli.checks import Check
 from cabochon.cli.configuration import FLAT
 from cabochon.cli.drawing import Drawn
 from cabochon.cli.generate import stop_ids
-from cabochon.cli.machine import device_of
 from cabochon.cli.prompts import examine, prompt_rows
 from cabochon.cli.recipe import Recipe, Training
 from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
@@ -27,13 +26,12 @@ from cabochon.cli.settings import RunSettings
 from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
 from cabochon.core.errors import ConfigError
 from cabochon.data.prompts import Prompt, PromptRows
-from cabochon.data.rlds.layout import is_dataset
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.generation.engine import generate
 from cabochon.losses.policy_gradient import policy_gradient
 from cabochon.models.critic import critic_of
 from cabochon.rewards.ahead import Ahead
-from cabochon.rewards.experience import Experience, replayed
+from cabochon.rewards.experience import Experience
 from cabochon.training.anchors import AnchorConfig, anchor_of
 from cabochon.training.optimizers import OptimizerConfig
 
@@ -132,8 +130,8 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
         ) as found:  # fmt: skip
             stops = stop_ids(tokenizer, (), chat=not settings.plain)
             source = found.source
-            if settings.lag and reward is not None:
-                source = _ahead(settings, model, batches, reward, stops, start)
+            if reward is not None:
+                source = _drawn(settings, model, batches, reward, stops, start, found.recalled)
             yield from rlhf.train(
                 method,
                 policy,
@@ -142,7 +140,6 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
                 optimizer,
                 key=Key(settings.run.seed),
                 stop_ids=stops,
-                reward=reward if source is None else None,
                 critic=critic,
                 beginning=cast("Policy | None", beginning),
                 observe=found.observe,
@@ -156,24 +153,22 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
     return Training(steps=train, extra={**anchor.state, **critic.state()}, learning=learning)
 
 
-def _ahead(
+def _drawn(
     settings: RlhfSettings,
     model: nn.Module,
     batches: Iterable[TokenBatch],
     reward: RewardFn,
     stops: Sequence[int],
     start: int,
+    recalled: Sequence[Experience],
 ) -> Iterator[Experience]:
-    """What a writer of its own draws ahead; first what an interrupted run had recorded already.
+    """What an interrupted run had drawn already, then what the model, or a writer ahead, draws.
 
-    The weights that wrote it are gone, so it could not be drawn again as it was.
+    The weights that drew the first may be gone, so it could not be drawn again as it was.
     """
     method = settings.method
-    first = start * method.accumulate
-    folder = Path(settings.run.out or ".") / "rollouts"
-    known = list(replayed(folder, first)) if settings.run.out and is_dataset(folder) else []
-    yield from (each.to(device_of(settings.run.device)) for each in known)
-    step, part = divmod(first + len(known), method.accumulate)
+    yield from recalled
+    step, part = divmod(start * method.accumulate + len(recalled), method.accumulate)
     due = islice(batches, (step - start) * method.accumulate, None)
 
     def experiences(writer: Backbone) -> Iterator[Experience]:
@@ -182,6 +177,9 @@ def _ahead(
             start=step,
         )  # fmt: skip
 
+    if not settings.lag:
+        yield from islice(experiences(cast(Backbone, model)), part, None)
+        return
     with Ahead(
         model, experiences, lag=settings.lag, total=method.steps * method.accumulate,
         start=step * method.accumulate, accumulate=method.accumulate, updates=method.updates,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ class Records:
     """Records it."""
     source: Iterable[Experience] | None
     """What was recorded, from the first micro-batch that is due on."""
+    recalled: Sequence[Experience] = ()
+    """What an interrupted run had drawn beyond its checkpoint: the first that are due."""
 
 
 class NoRows:
@@ -69,7 +71,8 @@ def records(
     elif run.out and wanted:
         folder = Path(run.out) / "rollouts"
         with recorder(folder, tokenizer, notes={"algorithm": algorithm}, rank=rank) as observe:
-            yield Records(observe=observe, source=None)
+            recalled = tuple(_placed(observe.recalled(first), device))
+            yield Records(observe=observe, source=None, recalled=recalled)
     else:
         yield Records(observe=None, source=None)
 

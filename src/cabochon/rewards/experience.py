@@ -207,6 +207,16 @@ class Recorder:
                     "begin again in another folder"
                 )
 
+    def recalled(self, first: int) -> Iterator[Experience]:
+        """What a killed process recorded from micro-batch `first` on, whole ones in a row.
+
+        A run that goes on from a checkpoint learns from these instead of drawing them again, which
+        costs less and, where sums differ from run to run, could not give the same.
+        """
+        if self._writer is None and is_dataset(self.folder):
+            self._writer = self._open(first)
+        return replayed(self.folder, first, split=self.split) if self._writer else iter(())
+
     def close(self) -> None:
         """Closes the last shard. Closing twice does nothing."""
         if self._writer is not None:
@@ -260,7 +270,12 @@ def recorder(
 
 
 def replayed(
-    folder: Path, start: int, *, writer: str | None = None, rank: int = 0
+    folder: Path,
+    start: int,
+    *,
+    writer: str | None = None,
+    rank: int = 0,
+    split: str = "",
 ) -> Iterator[Experience]:
     """The recorded experiences from micro-batch `start` on, in their order.
 
@@ -269,6 +284,7 @@ def replayed(
         start: the first micro-batch.
         writer: only those of this writer.
         rank: of this process, where several train together.
+        split: instead of that of the rank.
 
     Raises:
         FolderError: there are no records.
@@ -277,7 +293,7 @@ def replayed(
     expected = start
     rollouts = (
         each
-        for each in _from(Episodes(folder, _split(rank)), start)
+        for each in _from(Episodes(folder, split or _split(rank)), start)
         if writer is None or each.writer == writer
     )
     for (number, who), found in groupby(rollouts, lambda each: (each.batch, each.writer)):
