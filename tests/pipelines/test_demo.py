@@ -31,6 +31,9 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_minutes_scale_the_updates_and_nothing_else(tmp_path: Path) -> None:
     full = demo.recipe(demo.Config(), tmp_path)
     double = demo.recipe(demo.Config(minutes=2 * demo.FULL_MINUTES), tmp_path)
+    once, twice = (demo.alignment(demo.Config(minutes=m * demo.FULL_MINUTES)) for m in (1, 2))
+    for name in ("write", "bond", "member"):
+        assert getattr(twice, name).steps == 2 * getattr(once, name).steps
     for name in ("teach", "learn", "tune"):
         once, twice = getattr(full, name), getattr(double, name)
         assert twice.steps == 2 * once.steps
@@ -56,6 +59,19 @@ def test_no_module_is_on_both_sides(finished: Path) -> None:
     assert train.isdisjoint(held_out)
     assert asked.isdisjoint(held_out)
     assert judged.isdisjoint(train)
+
+
+def test_nobody_is_judged_on_a_signature_that_stands_in_a_module_that_was_read(
+    finished: Path,
+) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    asked = {sample["prompt"] for sample in results["alignment"]["samples"]}
+    known = {each["prompt"] for each in lines(finished / "corpus" / "functions.jsonl")}
+    assert len(asked) == 8
+    assert known.isdisjoint(asked)
+    page = (finished / "report.html").read_text("utf-8")
+    assert "Learning from a reward" in page
+    assert all(name in page for name in ("member 1", "merged", "writer"))
 
 
 def test_the_answer_is_not_in_the_question(finished: Path) -> None:
