@@ -62,8 +62,8 @@ class Config:
     baseline_cost: float = 0.5
     entropy_cost: float = 0.01
     kl_cost: float = 0.0
-    max_abs_reward: float = math.inf
-    """Rewards are clipped to it in the loss; never in the returns that are reported."""
+    max_abs_reward: float | None = None
+    """Rewards are clipped to it in the loss, where it is given; never in the returns reported."""
     lag: int = 0
     """With --runtime inline: unrolls wait for so many updates before they are learned from."""
     max_lag: int | None = None
@@ -89,11 +89,13 @@ class Config:
             (min(sizes) < 1, "unroll_length, batch_size, steps and accumulate must be at least 1"),
             (not 0.0 <= self.discount <= 1.0, f"discount must lie in [0, 1], got {self.discount}"),
             (not 0.0 <= self.trace <= 1.0, f"trace must lie in [0, 1], got {self.trace}"),
-            (not 0.0 <= self.c_bar <= self.rho_bar, "0 <= c_bar <= rho_bar must hold, got "
-             f"{self.c_bar} and {self.rho_bar}"),
-            (not self.rho_bar_advantage >= 0.0, "rho_bar_advantage must not be negative"),
+            (not 0.0 <= self.c_bar <= self.rho_bar < math.inf, "0 <= c_bar <= rho_bar must hold, "
+             f"and be finite (correction importance has no bounds), got {self.c_bar} and "
+             f"{self.rho_bar}"),
+            (not 0.0 <= self.rho_bar_advantage < math.inf, "rho_bar_advantage must be finite and "
+             "not negative (correction importance has no bounds)"),
             (not min(costs) >= 0.0, f"costs must not be negative, got {costs}"),
-            (not self.max_abs_reward > 0.0, "max_abs_reward must be above 0"),
+            (not (self.max_abs_reward or 1.0) > 0.0, "max_abs_reward must be above 0"),
             (self.lag < 0 or (self.max_lag or 0) < 0, "lag and max_lag must not be negative"),
             (not self.max_grad_norm > 0.0, "max_grad_norm must be above 0"),
         ):  # fmt: skip
@@ -225,7 +227,7 @@ def train(
 def _rewards(config: Config, batch: UnrollBatch, finals: Mapping[str, Tensor]) -> Tensor:
     """T B: of each transition, with the value of what an episode cut short would have brought."""
     rewards = batch.reward[1:].float()
-    if math.isfinite(config.max_abs_reward):
+    if config.max_abs_reward is not None:
         rewards = rewards.clamp(-config.max_abs_reward, config.max_abs_reward)
     if finals:
         time, row, _ = batch.finals

@@ -105,7 +105,8 @@ class Collector:
         self.waiting: deque[Unroll] = deque()
         self.returns: deque[float] = deque(maxlen=RECENT)
         self.lengths: deque[int] = deque(maxlen=RECENT)
-        self.steps_before = self.episodes = self.dropped = 0
+        self.steps_before = self.episodes = self.dropped = self.replaced_before = 0
+        self.told = (0, 0)
         self.anew = 0
         self.lags: list[int] = []
         self.thread: threading.Thread | None = None
@@ -151,18 +152,19 @@ class Collector:
         if self.lags:
             said |= {"lag": float(np.mean(self.lags)), "lag_max": float(max(self.lags))}
         if self.server is not None:
-            counts = self.server.counts
-            said |= {
-                "inference_batch": counts.steps / max(1, counts.batches),
-                "replaced": float(counts.replaced),
-                "dropped": float(self._dropped()),
-            }
+            steps, batches = self.server.counts.steps, self.server.counts.batches
+            if batches > self.told[1]:
+                said["inference_batch"] = (steps - self.told[0]) / (batches - self.told[1])
+            self.told = (steps, batches)
+            said |= {"replaced": float(self._replaced()), "dropped": float(self._dropped())}
         return said
 
     def state(self) -> dict[str, Array]:
         """What a checkpoint keeps: counts and, with `inline`, everything that is under way."""
         saved = {
-            "counts": np.array([self.steps, self.episodes, self._dropped()], np.int64),
+            "counts": np.array(
+                [self.steps, self.episodes, self._dropped(), self._replaced()], np.int64
+            ),
             "returns": np.array(list(self.returns), np.float64),
             "lengths": np.array(list(self.lengths), np.int64),
         }
@@ -176,7 +178,8 @@ class Collector:
 
     def restore(self, saved: Mapping[str, Array], version: int) -> None:
         """Goes on from what `state` gave."""
-        self.steps_before, self.episodes, self.dropped = map(int, saved["counts"])
+        counts = saved["counts"].tolist()
+        self.steps_before, self.episodes, self.dropped, self.replaced_before = counts
         self.returns.extend(saved["returns"].tolist())
         self.lengths.extend(saved["lengths"].tolist())
         if not self.inline or "server.order" not in saved:
@@ -289,6 +292,9 @@ class Collector:
         self.lengths.extend(arrival.episode_length.tolist())
         if self.observe is not None:
             self.observe(arrival, actions)
+
+    def _replaced(self) -> int:
+        return self.replaced_before + (self.server.counts.replaced if self.server else 0)
 
     def _dropped(self) -> int:
         return self.dropped + (self.queue.counts.dropped if self.queue is not None else 0)

@@ -186,9 +186,12 @@ def _drawn(
     network: AgentNetwork, spec: EnvironmentSpec, key: Key, choose: Choose, most: int
 ) -> Array:
     """As `film`, of an environment that draws itself."""
-    drawing = gymnasium_environment(spec, render_mode="rgb_array")
     opened = environments(spec, [0], key)
+    modes = opened.envs[0].metadata.get("render_modes", ())  # type: ignore[attr-defined]
     opened.envs[0].close()  # type: ignore[attr-defined]
+    if "rgb_array" not in modes:
+        raise ConfigError(f"{spec.name} cannot be filmed: it draws no pictures of itself")
+    drawing = gymnasium_environment(spec, render_mode="rgb_array")
     opened.envs[0] = drawing  # type: ignore[attr-defined]
     try:
         pictures = []
