@@ -178,3 +178,11 @@ def test_the_public_pairs_are_read(shared_data: Path) -> None:
             assert pair.prompt[-1].role == "user"
     assert count + len(problems) == 1612
     assert count > 1550, problems[:5]
+
+
+def test_rows_of_questions_and_answers_are_conversations(shared_data: Path) -> None:
+    from cabochon.data.readers import read_chats
+
+    first = next(iter(read_chats(shared_data / "gsm8k/train.jsonl.gz")))
+    assert [message.role for message in first.messages] == ["user", "model"]
+    assert first.messages[1].content.endswith("#### 72")

@@ -102,8 +102,8 @@ def read_chats(
     """The conversations of a file or folder of records.
 
     A row holds {"messages": [{"role": ..., "content": ...}, ...]}, or {"prompt": ...,
-    "completion": ...} whose values are strings or lists of messages. Roles are not checked here:
-    what is allowed is the chat template's business.
+    "completion": ...} or {"question": ..., "answer": ...} whose values are strings or lists of
+    messages. Roles are not checked here: what is allowed is the chat template's business.
 
     Args:
         path: a file or folder of a kind named at the top of this module.
@@ -124,10 +124,13 @@ def read_chats(
             messages = _said("user", values[prompt], prompt, source)
             if completion in values:
                 messages = [*messages, *_said("model", values[completion], completion, source)]
+        elif "question" in values and "answer" in values:
+            asked = _said("user", values["question"], "question", source)
+            messages = [*asked, *_said("model", values["answer"], "answer", source)]
         else:
             raise DataError(
                 f"{source}: expected the field 'messages', or {prompt!r} and {completion!r}; "
-                f"it has {_names(values)}"
+                f"it has {_names(values)} ('question' and 'answer' will do too)"
             )
         yield Conversation(tuple(messages), source)
 
