@@ -195,6 +195,16 @@ def test_one_member_is_merged_with_nobody(given: Path, tmp_path: Path) -> None:
     assert same(weights(tmp_path / "warp" / "policy"), expected)
 
 
+def test_members_in_bfloat16_are_merged_in_float32(given: Path, tmp_path: Path) -> None:
+    run(given, tmp_path / "warp", precision="bf16", steps=2)
+    for name in ("iteration_1_merged", "iteration_2_start", "policy"):
+        assert {each.dtype for each in weights(tmp_path / "warp" / name).values()} == {
+            torch.float32
+        }
+    member = weights(last(tmp_path / "warp", "iteration_1_member_1"))
+    assert {each.dtype for each in member.values()} == {torch.bfloat16}
+
+
 def test_too_few_prompts_are_named_with_what_to_do(given: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give more, or lower held_out"):
         run(given, tmp_path / "warp", held_out=39)

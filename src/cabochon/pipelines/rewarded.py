@@ -155,6 +155,8 @@ def merged_policies(
 ) -> Path:
     """The folder `bench.folder/name`: the members' task vectors on their arc, equally weighted.
 
+    It holds float32, whatever the members hold: what they moved is small beside what they are.
+
     Args:
         bench: gives the place.
         name: of the folder; one that is there already is left alone.
@@ -173,7 +175,7 @@ def merged_policies(
         bench.observe(Event(stage=name, steps=0, note=f"merges {len(members)} policies"))
         formula = formulas.slerp(len(members), per=per, mean=mean)
         with timed(bench.folder, name):
-            weight_folders.merge(formula, members, out, base=start)
+            weight_folders.merge(formula, members, out, base=start, dtype="float32")
     return out
 
 
@@ -182,7 +184,7 @@ def towards_start(bench: Bench, name: str, start: Path, model: Path, eta: float)
     out = bench.folder / name
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        weight_folders.merge(formulas.towards(eta), [model], out, base=start)
+        weight_folders.merge(formulas.towards(eta), [model], out, base=start, dtype="float32")
     return out
 
 
