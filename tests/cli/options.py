@@ -41,6 +41,8 @@ COMMANDS = (
     "plan reward_model",
     "plan dpo",
     "plan bond",
+    "plan vtrace_agent",
+    "plan r2d2",
     "doctor pretrain",
     "doctor sft",
     "doctor gkd",
