@@ -236,7 +236,9 @@ def _carry_out(
     begun = time.monotonic()
     with (
         redirect_stdout(sys.stderr),  # trackio speaks
-        watching(total, session.recipe.transitions(session.settings), done=done) as watcher,
+        watching(
+            total, session.recipe.transitions(session.settings), done=done, unit="transitions"
+        ) as watcher,
         trackers(session.run.track, run.folder, plain(session.settings), start=done) as views,
     ):
         outcome = session.record(run, [watcher, remember, *views], at=at)

@@ -54,8 +54,11 @@ class Pace:
 class Watcher:
     """Shows each update; on no terminal, a plain line now and then."""
 
-    def __init__(self, pace: Pace, screen: Console, progress: Progress | None) -> None:
+    def __init__(
+        self, pace: Pace, screen: Console, progress: Progress | None, unit: str = "tokens"
+    ) -> None:
         self._pace = pace
+        self._unit = unit
         self._screen = screen
         self._progress = progress
         self._task = progress.add_task("", total=pace.steps, text="") if progress else None
@@ -79,22 +82,22 @@ class Watcher:
         reports = "".join(f"  {name} {value:.3f}" for name, value in sorted(step.report.items()))
         return (
             f"loss {step.loss:.3f}{reports}  lr {step.learning_rate:.1e}  "
-            f"{self._pace.tokens_per_second:,.0f} tokens/s  "
+            f"{self._pace.tokens_per_second:,.0f} {self._unit}/s  "
             f"{duration_text(self._pace.remaining(step.index))} left"
         )
 
 
 @contextmanager
-def watching(steps: int, tokens: int, *, done: int = 0) -> Iterator[Watcher]:
+def watching(steps: int, tokens: int, *, done: int = 0, unit: str = "tokens") -> Iterator[Watcher]:
     """A watcher for a run of `steps` updates of `tokens` each, of which `done` were made before."""
     screen = console()
     pace = Pace(steps=steps, tokens=tokens)
     if not screen.is_terminal:
-        yield Watcher(pace, screen, None)
+        yield Watcher(pace, screen, None, unit)
         return
     columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=screen, transient=False) as progress:
-        watcher = Watcher(pace, screen, progress)
+        watcher = Watcher(pace, screen, progress, unit)
         if done:
             progress.update(progress.task_ids[0], completed=done)
         yield watcher
