@@ -15,6 +15,7 @@ COMPLETE = (
     "docs/guidance.md",
     "docs/weights.md",
     "docs/distillation.md",
+    "docs/runtime.md",
     "docs/rewards.md",
     "docs/alignment.md",
     "docs/papers/f_divergences.md",
