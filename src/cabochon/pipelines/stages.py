@@ -33,7 +33,7 @@ from cabochon.training import checkpoint
 from cabochon.training.checkpoint import TrainingState
 from cabochon.training.metrics import Record
 from cabochon.training.run_directory import Run, create
-from cabochon.training.runs import supervise
+from cabochon.training.runs import Outcome, supervise
 
 __all__ = [
     "Event",
@@ -161,13 +161,18 @@ def trained(
         keep=1,
         observers=[_telling(stage, observe)],
     )
-    if outcome.stopped_by is not None:
-        note = f"stopped after update {outcome.steps} and saved; run it again to go on"
-        observe(Event(stage=stage.name, steps=stage.steps, note=note))
-        if outcome.stopped_by == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + outcome.stopped_by)
+    _end_if_stopped(outcome, stage, observe)
     return checkpoint.completed(run.checkpoints)[outcome.steps] / "model"
+
+
+def _end_if_stopped(outcome: Outcome, stage: Stage, observe: Observe) -> None:
+    if outcome.stopped_by is None:
+        return
+    note = f"stopped after update {outcome.steps} and saved; run it again to go on"
+    observe(Event(stage=stage.name, steps=stage.steps, note=note))
+    if outcome.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + outcome.stopped_by)
 
 
 def model_of(path: Path, device: str) -> Gemma:

@@ -185,24 +185,11 @@ def run(
             mean=config.mean,
         )
         towards_start(bench, "policy", start, done[-1].merged, config.keep)
-        settled = config.method.settings(bench.stop_ids)
-        about: dict[str, object] = {
-            "title": f"WARP from {start.name}",
-            "repeat": "",
-            "reward": reward,
-            "seed": config.seed,
-            "method": {name: getattr(config, name) for name in ("members", "iterations", "eta")},
-            "prompts": {
-                "learned": len(bench.prompts),
-                "held_out": len(bench.held_out),
-                "dropped": dropped,
-            },
-        }
         return warp_findings.written(
             bench,
             done,
-            settled,
-            about,
+            config.method.settings(bench.stop_ids),
+            _about(config, bench, reward, dropped),
             etas=config.etas,
             keep=config.keep,
             samples=config.judged_samples,
@@ -288,6 +275,22 @@ def _bench(
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
     )
     return bench, dropped
+
+
+def _about(config: Config, bench: Bench, reward: dict[str, Any], dropped: int) -> dict[str, object]:
+    """What the report says beside what was found."""
+    return {
+        "title": f"WARP from {Path(config.model).name}",
+        "repeat": "",
+        "reward": reward,
+        "seed": config.seed,
+        "method": {name: getattr(config, name) for name in ("members", "iterations", "eta")},
+        "prompts": {
+            "learned": len(bench.prompts),
+            "held_out": len(bench.held_out),
+            "dropped": dropped,
+        },
+    }
 
 
 def _stops(tokenizer: Tokenizer, *, plain: bool) -> tuple[int, ...]:

@@ -80,7 +80,8 @@ def written(
                 points.append(found.point(f"{eta:g}"))
             policies.append(summary(f"iteration_{number}_merged", "warp", found))
             fronts.append(_front(f"iteration {number}", number, points))
-        kept = verdict("policy", between(bench, first, rounds[-1].merged, keep))
+        name = f"iteration_{len(rounds)}_eta_{keep:g}"  # a point of the last front, or one more
+        kept = verdict(name, between(bench, first, rounds[-1].merged, keep))
         aligned = {
             "policies": [*policies, summary("policy", "warp", kept)],
             "fronts": fronts,
