@@ -129,7 +129,7 @@ def test_a_run_killed_without_warning_resumes_bit_for_bit(
 
 
 def test_a_run_is_replayed_to_the_same_bits(folder: Path, whole: Path, tmp_path: Path) -> None:
-    done = train(folder, tmp_path / "run", replay=whole, reward=None)
+    done = train(folder, tmp_path / "run", replay=whole, reward=None, data=None)
     assert done.code == 0, done.err
     assert_same_run(tmp_path / "run", whole, rollouts=False)
     assert not (tmp_path / "run" / "rollouts").exists()
@@ -137,7 +137,7 @@ def test_a_run_is_replayed_to_the_same_bits(folder: Path, whole: Path, tmp_path:
 
 def test_quantiles_of_more_draws_and_an_anchor_that_is_copied(folder: Path, tmp_path: Path) -> None:
     more = {"n": 4, "quantile": "floor", "anchor-samples": 6, "samples": 2, "baseline": "prompt",
-            "anchor": "copy", "anchor-every": 3, "ties": "hash", "no-start": True,
+            "anchor": "copy", "anchor-every": 3, "ties": "hash", "no-start-kl": True,
             "no-rollouts": True, "steps": 4}  # fmt: skip
     done = train(folder, tmp_path / "run", **more)
     assert done.code == 0, done.err
@@ -160,7 +160,7 @@ def test_plan_and_doctor_know_it(folder: Path, tmp_path: Path) -> None:
     [
         ({"reward": None}, "what is good? --reward"),
         ({"reward": "parse"}, "parses"),
-        ({"replay": "nowhere"}, "no rollouts to replay"),
+        ({"replay": "nowhere"}, "there is no such run"),
         ({"batch-size": 1}, "no others to be compared with"),
         ({"n": 4}, "2 <= n <= anchor_samples"),
         ({"max-new-tokens": 60}, "leaves no room for 60 new ones"),

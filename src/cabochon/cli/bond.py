@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import torch
 from torch import nn
@@ -20,15 +19,15 @@ from cabochon.cli.generate import stop_ids
 from cabochon.cli.prompts import examine, prompt_rows
 from cabochon.cli.recipe import Recipe, Training
 from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
+from cabochon.cli.rollouts import NoRows, check_replay, records
+from cabochon.cli.rows import Rows
 from cabochon.cli.settings import RunSettings
-from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, Step, TokenBatch
+from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
 from cabochon.core.errors import ConfigError
-from cabochon.data.prompts import PromptRows
+from cabochon.data.prompts import Prompt, PromptRows
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.generation.engine import generate
 from cabochon.losses.policy_gradient import policy_gradient
-from cabochon.rewards.experience import recorder, replayed
-from cabochon.training import parallel
 from cabochon.training.anchors import AnchorConfig, anchor_of
 from cabochon.training.optimizers import OptimizerConfig
 
@@ -48,17 +47,17 @@ class BondSettings:
     plain: bool = False
     """Prompts are the beginnings of texts, not turns of conversations."""
     replay: str = ""
-    """A run of the same settings, whose RUN/rollouts are learned from instead of new samples."""
+    """A run whose RUN/rollouts are learned from: no data, no sampler and no reward are used."""
     no_rollouts: bool = False
     """Do not record what policy and anchor write in RUN/rollouts."""
-    no_start: bool = False
-    """Do not report the KL to the model that the run began with: one forward pass less."""
+    no_start_kl: bool = False
+    """Do not report kl_start, the KL to the model that the run began with: a forward pass less."""
     method: Annotated[bond.Config, FLAT] = field(default_factory=bond.Config)
     optimizer: Annotated[OptimizerConfig, FLAT] = field(default_factory=_gentle)
 
     def __post_init__(self) -> None:
-        if self.replay and not _records(self.replay).is_dir():
-            raise ConfigError(f"{self.replay} has no rollouts to replay; name the run of before")
+        if self.replay and not Path(self.replay).exists():
+            raise ConfigError(f"--replay {self.replay}: there is no such run")
         if self.run.batch_size * self.method.samples < 2 and self.method.backward > 0.0:
             raise ConfigError(
                 "a single sample has no others to be compared with: --batch-size or --samples of "
@@ -66,7 +65,15 @@ class BondSettings:
             )
 
 
-def _pack(settings: BondSettings, tokenizer: Tokenizer) -> PromptRows:
+def _pack(settings: BondSettings, tokenizer: Tokenizer) -> Rows:
+    method = settings.method
+    if settings.replay:
+        check_replay(settings.replay, tokenizer, method.steps * method.accumulate)
+        return NoRows()
+    return _prompts(settings, tokenizer)
+
+
+def _prompts(settings: BondSettings, tokenizer: Tokenizer) -> PromptRows:
     return prompt_rows(
         settings.run,
         tokenizer,
@@ -76,54 +83,48 @@ def _pack(settings: BondSettings, tokenizer: Tokenizer) -> PromptRows:
     )
 
 
-def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Training:
-    method, run, key = settings.method, settings.run, Key(settings.run.seed)
-    policy, stops = cast(Backbone, model), stop_ids(tokenizer, (), chat=not settings.plain)
-    prompts = _pack(settings, tokenizer).prompts
+def _reward(settings: BondSettings, policy: Backbone, tokenizer: Tokenizer) -> RewardFn:
+    run, method = settings.run, settings.method
+    prompts: Sequence[Prompt] = _prompts(settings, tokenizer).prompts
 
     def reference(count: int) -> Sequence[Group]:
         """What the policy writes before it learns, for the scales of rewards."""
         chosen = [torch.tensor(each.ids, device=run.device) for each in prompts[:count]]
-        return generate(policy, chosen, method.settings(stops), key.fold("scales"), 2)
+        how = method.settings(stop_ids(tokenizer, (), chat=not settings.plain))
+        return generate(policy, chosen, how, Key(run.seed).fold("scales"), 2)
 
-    reward = None
-    if not settings.replay:
-        reward = load_reward(
-            settings.rewards,
-            tokenizer,
-            prompts=prompts,
-            data=run.data,
-            device=run.device,
-            draw=reference,
-        )
+    return load_reward(
+        settings.rewards, tokenizer, prompts=prompts, data=run.data, device=run.device,
+        draw=reference,
+    )  # fmt: skip
+
+
+def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Training:
+    method, policy = settings.method, cast(Backbone, model)
+    reward = None if settings.replay else _reward(settings, policy, tokenizer)
     anchor = anchor_of(model, method.anchor_config)
     beginning = None
-    if not settings.no_start:
+    if not settings.no_start_kl:
         frozen = method.anchor == "frozen"
         beginning = anchor.model if frozen else anchor_of(model, AnchorConfig()).model
 
     def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
-        with ExitStack() as stack:
-            observe = source = None
-            if settings.replay:
-                first = start * method.accumulate
-                source = replayed(_records(settings.replay), first, rank=parallel.rank())
-            elif run.out and not settings.no_rollouts:
-                folder, notes = Path(run.out) / "rollouts", {"algorithm": "bond"}
-                records = recorder(folder, tokenizer, notes=notes, rank=parallel.rank())
-                observe = stack.enter_context(records)
+        with records(
+            settings.run, tokenizer, algorithm="bond", first=start * method.accumulate,
+            replay=settings.replay, wanted=not settings.no_rollouts,
+        ) as found:  # fmt: skip
             yield from bond.train(
                 method,
                 policy,
                 anchor,
                 batches,
                 optimizer,
-                key=key,
-                stop_ids=stops,
+                key=Key(settings.run.seed),
+                stop_ids=stop_ids(tokenizer, (), chat=not settings.plain),
                 reward=reward,
-                beginning=cast(Any, beginning),
-                observe=observe,
-                source=source,
+                beginning=cast("Policy | None", beginning),
+                observe=found.observe,
+                source=found.source,
                 start=start,
             )
 
@@ -160,12 +161,6 @@ def _folders(settings: BondSettings) -> dict[str, str]:
     return reward_sources(settings.rewards)
 
 
-def _records(run: str) -> Path:
-    """The rollouts of a run, or the folder itself."""
-    folder = Path(run) / "rollouts"
-    return folder if folder.is_dir() else Path(run)
-
-
 RECIPE = Recipe(
     name="bond",
     purpose="learn to write what the best of several samples would be (BOND, J-BOND)",
@@ -176,6 +171,7 @@ RECIPE = Recipe(
     objective=_objective,
     folders=_folders,
     examine=_examine,
+    without_data=lambda settings: bool(settings.replay),
     not_planned="drawing the completions and scoring them; the copies of the weights that are the "
     "anchor and the model at the start; the rollouts on the disk",
 )
