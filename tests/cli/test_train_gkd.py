@@ -113,6 +113,16 @@ def test_a_run_leaves_metrics_samples_and_a_model(folder: Path, whole: Path) -> 
     assert config["model"]["source"] == str(folder / "student")
 
 
+def test_a_reward_beside_the_teacher(folder: Path, tmp_path: Path) -> None:
+    more = {"distillation-weight": 0.5, "samples": 2, "reward": "length:3", "steps": 2}
+    done = train(folder, tmp_path / "run", **more)
+    assert done.code == 0, done.err
+    assert all(
+        -1.0 <= line["reward"] <= 0.0 for line in read_metrics(tmp_path / "run/metrics.jsonl")
+    )
+    assert [each.judged for each in replayed(tmp_path / "run" / "rollouts", 0)] == [True, True]
+
+
 def test_a_settings_file_says_the_same_as_flags(folder: Path, whole: Path, tmp_path: Path) -> None:
     given = words(folder, tmp_path / "run")
     content = {
@@ -249,7 +259,8 @@ def test_plan_and_doctor_know_it(folder: Path, tmp_path: Path) -> None:
         ({"teacher": None}, 2, "on_policy needs --teacher"),
         ({"preset": "sft"}, 2, "leave --teacher out"),
         ({"divergence": "jsd", "divergence-parameter": 1.5}, 2, "beta must lie in [0, 1]"),
-        ({"distillation-weight": 0.5, "samples": 2}, 2, "needs a reward"),
+        ({"distillation-weight": 0.5, "samples": 2}, 2, "--reward goes with"),
+        ({"reward": "length"}, 2, "--reward goes with"),
         ({"preset": "supervised_kd"}, 1, "prompts.jsonl:1: nothing is said after the last prompt"),
         ({"context": 12}, 1, "leaves no room for 6 new ones in a row of 12"),
         ({"weights": 1.0}, 2, "prompts come from files of prompts"),

@@ -21,6 +21,7 @@ from cabochon.cli.generate import stop_ids
 from cabochon.cli.prompts import examine, prompt_rows
 from cabochon.cli.proxy import ProxySettings, check_proxy, watching
 from cabochon.cli.recipe import Recipe, Train
+from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
 from cabochon.cli.rollouts import records
 from cabochon.cli.settings import Architecture, RunSettings
 from cabochon.cli.teachers import TeacherSettings, kind, load_teacher, open_cache
@@ -57,6 +58,7 @@ class GkdSettings:
     student: str = ""
     """The model that learns, a folder or a run; another word for --model."""
     teaching: Annotated[TeacherSettings, FLAT] = field(default_factory=TeacherSettings)
+    rewards: Annotated[RewardSettings, FLAT] = field(default_factory=RewardSettings)
     plain: bool = False
     """Prompts are the beginnings of texts, not turns of conversations."""
     sample_every: int = 20
@@ -132,6 +134,12 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
     teacher: Teacher | None = None
     if settings.teaching.named:
         teacher = load_teacher(settings.teaching, settings.run, tokenizer)
+    reward = None
+    if settings.rewards.reward:
+        run, prompts = settings.run, _pack(settings, tokenizer).prompts
+        reward = load_reward(
+            settings.rewards, tokenizer, prompts=prompts, data=run.data, device=run.device
+        )
     stops = stop_ids(tokenizer, (), chat=not settings.plain)
     show = _samples(settings, tokenizer)
     watch = watching(
@@ -166,6 +174,7 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
                 key=key,
                 stop_ids=stops,
                 teacher=None if method.learns_text else teacher,
+                reward=reward,
                 observe=observe,
                 start=start,
             )
@@ -181,11 +190,12 @@ def _check_roles(settings: GkdSettings) -> None:
         ConfigError: a teacher or reward is missing, has no part, or cannot do what it is to do.
     """
     method, named = settings.method, settings.teaching.named
-    if method.distillation_weight < 1.0:
-        raise ConfigError(
-            "distillation_weight below 1 needs a reward, which the command line cannot give yet; "
-            "use cabochon.algorithms.gkd.train(..., reward=...)"
-        )
+    if (method.distillation_weight < 1.0) != bool(settings.rewards.reward):
+        raise ConfigError("--reward goes with a --distillation-weight below 1, which needs one")
+    if method.distillation_weight == 0.0:
+        if named:
+            raise ConfigError("distillation_weight 0 learns from the reward alone: no --teacher")
+        return
     if method.preset == "sft" and named:
         raise ConfigError("sft learns the text of the data; leave --teacher out")
     if method.preset != "sft" and not named:
@@ -272,7 +282,7 @@ def _objective(settings: GkdSettings, teacher: Policy | None) -> Objective[Polic
 
 
 def _folders(settings: GkdSettings) -> dict[str, str]:
-    return settings.teaching.sources()
+    return settings.teaching.sources() | reward_sources(settings.rewards)
 
 
 RECIPE = Recipe(
