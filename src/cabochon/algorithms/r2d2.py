@@ -68,7 +68,7 @@ class Config:
     """The learning network chooses the action that the target network judges."""
     rescaling: float = 1e-3
     """e of h(x) = sign(x) (sqrt(|x| + 1) - 1) + e x."""
-    target_every: int = 500
+    target_every: int = 100
     """Updates between two copies of the network that gives the targets."""
     capacity: int = 2_000
     """Sequences that the replay holds."""
