@@ -11,6 +11,7 @@ with Gemma 2's soft-cap, and its cache is on. Ours records its rollouts on the d
 default. `wide` is the same with a vocabulary of 32,768 and 2 prompts.
 
 The time is that of an update within a training run of the peer's own trainer, the first left out.
+Beside the ratio stands that of the processor's seconds, which neighbours on a machine change less.
 
 Run: python benchmarks/rlhf_step.py [ROUNDS] [setting ...]      (about 6 minutes on two cores)
 """
@@ -85,8 +86,13 @@ def even(groups: Sequence[Group]) -> Tensor:
     )
 
 
-def ours(folder: Path, setting: str) -> tuple[list[float], list[float], list[float]]:
-    """Seconds, reward and tokens of a completion of each update."""
+def now() -> tuple[float, float]:
+    """By the clock, and by the processor."""
+    return time.perf_counter(), time.process_time()
+
+
+def ours(folder: Path, setting: str) -> tuple[list[tuple[float, float]], list[float], list[float]]:
+    """The times around each update; its mean reward, and its tokens of a completion."""
     policy = read_gemma(folder)
     config = rlhf.Config(
         steps=STEPS,
@@ -113,15 +119,15 @@ def ours(folder: Path, setting: str) -> tuple[list[float], list[float], list[flo
             reward=even,
             observe=observe,
         )
-        times, rewards, lengths = [time.perf_counter()], [], []
+        times, rewards, lengths = [now()], [], []
         for step in steps:
-            times.append(time.perf_counter())
+            times.append(now())
             rewards.append(step.report["reward"])
             lengths.append(step.report["completion_tokens"])
-    return [after - before for before, after in pairwise(times)], rewards, lengths
+    return times, rewards, lengths
 
 
-def peer(folder: Path, setting: str) -> tuple[list[float], list[float], list[float]]:
+def peer(folder: Path, setting: str) -> tuple[list[tuple[float, float]], list[float], list[float]]:
     """The same by TRL."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -138,11 +144,11 @@ def peer(folder: Path, setting: str) -> tuple[list[float], list[float], list[flo
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
-    times, rewards, lengths = [time.perf_counter()], [], []
+    times, rewards, lengths = [now()], [], []
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
-            times.append(time.perf_counter())
+            times.append(now())
 
         def on_log(self, *_: object, logs: dict, **__: object) -> None:
             if "reward" in logs:
@@ -182,19 +188,24 @@ def peer(folder: Path, setting: str) -> tuple[list[float], list[float], list[flo
         processing_class=tokenizer,
         callbacks=[Watch()],
     )
-    times[0] = time.perf_counter()
+    times[0] = now()
     trainer.train()
-    return [after - before for before, after in pairwise(times)], rewards, lengths
+    return times, rewards, lengths
 
 
 def work(side: str, setting: str) -> None:
     """What a fresh process does."""
-    seconds, rewards, lengths = {"ours": ours, "peer": peer}[side](
+    times, rewards, lengths = {"ours": ours, "peer": peer}[side](
         Path(os.environ[FOLDER]) / setting, setting
     )
+    by_clock, by_processor = (
+        statistics.median([b - a for a, b in pairwise(each[1:])])
+        for each in zip(*times, strict=True)
+    )
     report(
-        seconds=statistics.median(seconds[1:]),
-        steps_per_second=1.0 / statistics.median(seconds[1:]),
+        seconds=by_clock,
+        steps_per_second=1.0 / by_clock,
+        processor_seconds=by_processor,
         reward=statistics.mean(rewards),
         tokens=statistics.mean(lengths),
     )
@@ -219,7 +230,12 @@ def main() -> None:
                     f"{setting:6} {side}: {result[side]['steps_per_second']:.3f} updates/s, "
                     f"reward {result[side]['reward']:.4f}, {result[side]['tokens']:.1f} tokens"
                 )
-            print(f"{setting:6} ratio {result['ratio']} of {result['ratios']}")
+            used = [result[side]["processor_seconds"] for side in ("peer", "ours")]
+            result["processor_ratio"] = round(used[0] / used[1], 3)
+            print(
+                f"{setting:6} ratio {result['ratio']} of {result['ratios']}, by the processor's "
+                f"seconds {result['processor_ratio']}"
+            )
     report(
         benchmark="rlhf_step",
         ratio=results[chosen[0]]["ratio"],
