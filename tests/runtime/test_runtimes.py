@@ -93,6 +93,7 @@ def test_records_come_back_as_they_went(runtime: Runtime) -> None:
         for mine, its in mine_and_its:
             assert mine.dtype == its.dtype
             assert mine.shape == its.shape
+            assert its.flags.writeable
             np.testing.assert_array_equal(mine, its)
         assert type(back["scalar"]) is np.float32
         assert back["scalar"] == record["scalar"]

@@ -10,7 +10,7 @@ what the strictest of them allows:
   scalars, tensors, dataclasses of these, and lists, tuples and dicts (with str keys) of records;
   and, as arguments, the subscribers and queues of the same runtime.
 - A record is handed over: whoever gave it away does not change it afterwards (threads and `inline`
-  pass the very object, the others a copy).
+  pass the very object, the others a copy); whoever got it may.
 - An exception that leaves a method is the end of its actor, as is a killed process or a call that
   outlasts the actor's patience. Every call that was not answered fails with `ActorDied`, which
   names the actor and the cause; `replace` puts another one in its place.

@@ -2,7 +2,7 @@
 
 Ray starts, places and watches the actors and carries what they are given, in its own way; what is
 added here is what the other runtimes promise too: causes of death, replacements, a queue of bounded
-lag, publications that are whole.
+lag, publications that are whole, arrays that may be written to.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cabochon.runtime.crew import Crew
 from cabochon.runtime.protocols import Counts, Item, Runtime, Stale
 from cabochon.runtime.publishing import NOTHING, check_publication
 from cabochon.runtime.queues import BoundedQueue
+from cabochon.runtime.records import writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,7 +161,7 @@ class _RayActor:
     def _was_answered(self, number: int, answer: Future[Any]) -> None:
         error = answer.exception()
         if error is None:
-            self._ledger.answer(number, answer.result())
+            self._ledger.answer(number, writable(answer.result()))
         else:
             self._die(error)
 
@@ -184,6 +185,7 @@ class _Member:
         self._object = factory(*arguments)
 
     def call(self, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        arguments, named = writable((arguments, named))
         return getattr(self._object, method)(*arguments, **named)
 
     def end(self) -> None:
@@ -297,7 +299,7 @@ class RayQueue:
 
     def get(self, timeout: float | None = None) -> Item:
         """As the protocol says."""
-        item: Item = _answer(self.shelf.get.remote(timeout))
+        item: Item = writable(_answer(self.shelf.get.remote(timeout)))
         return item
 
     def advance(self, version: int, /) -> None:

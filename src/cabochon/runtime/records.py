@@ -21,7 +21,7 @@ from cabochon.core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ALIGNMENT", "Bytes", "Payload", "decoded", "encoded", "named", "path_of"]
+__all__ = ["ALIGNMENT", "Bytes", "Payload", "decoded", "encoded", "named", "path_of", "writable"]
 
 ALIGNMENT = 64
 """Of every array among the bytes, so that any type may be read in place."""
@@ -124,6 +124,20 @@ def decoded(tree: Any, payload: Bytes, shared: Callable[[Any], Any]) -> Any:
         return _as_tensor(part, tree["dtype"], tree["shape"])
     array = np.ndarray(tree["shape"], np.dtype(tree["dtype"]), part)
     return array[()] if kind == "scalar" else array
+
+
+def writable(record: Any) -> Any:
+    """The record with copies of those arrays that are for reading alone."""
+    if isinstance(record, np.ndarray):
+        return record if record.flags.writeable else record.copy()
+    if type(record) in (list, tuple):
+        return type(record)(writable(each) for each in record)
+    if isinstance(record, dict):
+        return {key: writable(each) for key, each in record.items()}
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        fields = dataclasses.fields(record)
+        return type(record)(**{f.name: writable(getattr(record, f.name)) for f in fields})
+    return record
 
 
 def path_of(thing: Any) -> str:
