@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cabochon import folders
 from cabochon.cli import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
@@ -48,6 +49,21 @@ def test_it_leaves_a_policy_a_report_and_results_and_goes_on_when_resumed(
     (out / "results.json").unlink()
     assert main(["resume", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
+
+
+def test_a_reward_of_weight_0_is_reported_and_not_learned_from(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gold = ["--reward", "matches:e", "length:4", "--reward-weights", "1", "0"]
+    found, policies = [], []
+    for name, rewards in (("with", gold), ("without", ["--reward", "matches:e"])):
+        out = tmp_path / name
+        assert main(words(given, *rewards, "--json", "--out", str(out))) == 0
+        found.append(json.loads(capsys.readouterr().out)["alignment"]["policies"])
+        policies.append(folders.fingerprint(out / "policy"))
+    assert policies[0] == policies[1]
+    assert [each["reward"] for each in found[0]] == [each["reward"] for each in found[1]]
+    assert {"matches:e", "length:4"} == set(found[0][0]["parts"])
 
 
 def test_other_rewards_do_not_go_on_in_the_same_folder(
