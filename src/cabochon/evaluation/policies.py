@@ -61,12 +61,8 @@ class Judged:
 
     @property
     def distinct(self) -> float:
-        """Share of the samples that no other equals, prompt and completion together."""
-        texts = [
-            (tuple(group.prompt.tolist()), tuple(each.tokens.tolist()))
-            for group in self.groups
-            for each in group.completions
-        ]
+        """How many different completions there are, over all prompts, as a share of all."""
+        texts = [tuple(each.tokens.tolist()) for group in self.groups for each in group.completions]
         return len(set(texts)) / len(texts)
 
     def point(self, label: str = "") -> Point:

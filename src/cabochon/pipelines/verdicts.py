@@ -47,7 +47,7 @@ class Verdict:
     stopped: float
     """Share of the completions that a stop token ended."""
     distinct: float
-    """Share of the completions that no other equals."""
+    """How many different completions there are, over all prompts, as a share of all."""
     samples: list[Mapping[str, Any]]
     """The first prompts, each with the first completion and its reward."""
 
