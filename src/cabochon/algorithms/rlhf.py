@@ -241,18 +241,16 @@ def train(
     Args:
         config: what the run tunes.
         policy: writes and learns; it should write sensibly before it begins (after `sft`).
-        anchor: made by `anchor_of(policy, config.anchor_config)` before the first update; its
-            `state` belongs into the run's checkpoints.
+        anchor: `anchor_of(policy, config.anchor_config)`; its `state` belongs into checkpoints.
         batches: micro-batches from the first of step `start` on, a prompt a row.
         optimizer: of the policy's parameters, and the critic's.
         key: of all that is drawn.
         stop_ids: tokens that end a completion; they are learned.
         reward: of the policy's completions.
         critic: made by `critic_of`, for the baseline `value`.
-        beginning: the model that the run began with, to report the KL to it; none: no report.
+        beginning: the model that the run began with, to report the KL to it.
         observe: shown every experience before it is learned from.
-        source: experiences from the first of step `start` on, instead of `batches` and `reward`:
-            recorded ones, or such as are drawn ahead by older weights (with a correction).
+        source: instead of both, experiences from step `start` on: recorded, or drawn ahead.
         start: how many steps were already made.
 
     Raises:

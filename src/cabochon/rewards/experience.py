@@ -11,6 +11,7 @@ learns the same from its records, without sampler and reward, as it learned the 
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -185,12 +186,14 @@ class Recorder:
         self._writer: EpisodeWriter | None = None
         self._known: dict[tuple[int, str, int], Rollout] = {}
         self._count = 0
+        self._unlike = False
 
     def __call__(self, experience: Experience) -> None:
         """Records it.
 
         Raises:
-            DataError: what is recorded of it already is something else.
+            DataError: what is recorded of it already is something else, and it was drawn on a CPU,
+                where it should not be.
         """
         if self._writer is None:
             self._writer = self._open(experience.number)
@@ -200,12 +203,7 @@ class Recorder:
                 write_rollouts(self._writer, [replace(rollout, number=self._count)])
                 self._count += 1
             elif not _same(known, rollout):
-                raise DataError(
-                    f"{self.folder} holds other completions or rewards for prompt {rollout.place} "
-                    f"of micro-batch {rollout.batch} than were drawn now; the run went on with "
-                    "another reward, on another machine, or where sums differ from run to run: "
-                    "begin again in another folder"
-                )
+                self._say_unlike(rollout)
 
     def recalled(self, first: int) -> Iterator[Experience]:
         """What a killed process recorded from micro-batch `first` on, whole ones in a row.
@@ -232,6 +230,25 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _say_unlike(self, rollout: Rollout) -> None:
+        """What was drawn now is not what was recorded; elsewhere than on a CPU that may be."""
+        what = (
+            f"{self.folder} holds other completions or rewards for prompt {rollout.place} of "
+            f"micro-batch {rollout.batch} than were drawn now"
+        )
+        if rollout.group.prompt.device.type == "cpu":
+            raise DataError(
+                f"{what}; the run went on with another reward, or on another machine: begin again "
+                "in another folder"
+            )
+        if not self._unlike:
+            warnings.warn(
+                f"{what}: sums differ from run to run on this device; the records keep what was "
+                "drawn first",
+                stacklevel=3,
+            )
+        self._unlike = True
 
     def _open(self, first: int) -> EpisodeWriter:
         """The writer, after what is recorded from micro-batch `first` on was read."""
