@@ -18,6 +18,7 @@ COMPLETE = (
     "docs/runtime.md",
     "docs/rewards.md",
     "docs/alignment.md",
+    "docs/reinforcement.md",
     "docs/papers/f_divergences.md",
 )
 """Pages whose first example stands on its own."""

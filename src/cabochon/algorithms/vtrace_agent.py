@@ -10,7 +10,8 @@ batch of unrolls and minimises
 averaged over transitions, with v_t and adv_t from V-trace.
 
 Source: Espeholt et al. 2018 (IMPALA), arXiv:1802.01561; Espeholt et al. 2020 (SEED RL),
-arXiv:1910.06591. Differs: an episode that was cut short is worth the value of its last observation,
+arXiv:1910.06591.
+Deviations: an episode that was cut short is worth the value of its last observation,
 where SEED's code takes the cut for an end.
 """
 

@@ -68,14 +68,7 @@ def vtrace(
     Raises:
         ConfigError: shapes differ, T is 0, or a bound or lambda is out of range.
     """
-    if not 0.0 <= trace <= 1.0:
-        raise ConfigError(f"lambda must lie in [0, 1], got {trace}")
-    if not (min(rho_bar, c_bar, rho_bar_advantage) >= 0.0 and rho_bar >= c_bar * (rho_bar > 0)):
-        raise ConfigError(
-            "the bounds of the ratios must not be negative, and rho_bar not below c_bar (or the "
-            f"targets need not converge); got rho_bar {rho_bar}, c_bar {c_bar}, "
-            f"rho_bar_advantage {rho_bar_advantage}"
-        )
+    _refuse(trace, rho_bar, c_bar, rho_bar_advantage)
     shapes = [tuple(each.shape) for each in (log_rhos, rewards, discounts, values)]
     if log_rhos.ndim != 2 or len(set(shapes)) > 1 or tuple(bootstrap.shape) != shapes[0][1:]:
         raise ConfigError(
@@ -99,3 +92,14 @@ def vtrace(
     later = torch.cat([targets[1:], bootstrap[None]])
     bounded = rhos if math.isinf(rho_bar_advantage) else rhos.clamp(max=rho_bar_advantage)
     return VTrace(targets, bounded * (rewards + discounts * later - values))
+
+
+def _refuse(trace: float, rho_bar: float, c_bar: float, rho_bar_advantage: float) -> None:
+    if not 0.0 <= trace <= 1.0:
+        raise ConfigError(f"lambda must lie in [0, 1], got {trace}")
+    if not (min(rho_bar, c_bar, rho_bar_advantage) >= 0.0 and rho_bar >= c_bar * (rho_bar > 0)):
+        raise ConfigError(
+            "the bounds of the ratios must not be negative, and rho_bar not below c_bar (or the "
+            f"targets need not converge); got rho_bar {rho_bar}, c_bar {c_bar}, "
+            f"rho_bar_advantage {rho_bar_advantage}"
+        )
