@@ -127,6 +127,7 @@ def test_the_average_is_the_float32_mean_of_the_best_members(
         torch.testing.assert_close(weight, expected[name], rtol=0.0, atol=1e-7)
     assert set(results["sets"]) == {"corrupted", "clean", "held_out"}
     assert "| 0" in (whole / "report.md").read_text()
+    assert "Reward models, averaged" in (whole / "report.html").read_text()
     assert json.loads((whole / "results.json").read_text()) == json.loads(json.dumps(results))
 
 

@@ -46,7 +46,7 @@ import yaml
 from markupsafe import Markup
 
 from cabochon.core.errors import FolderError
-from cabochon.evaluation import agent_page, alignment_page, figures, hacking_page
+from cabochon.evaluation import agent_page, alignment_page, figures, hacking_page, warm_page
 from cabochon.evaluation.figures import Interval, Line
 from cabochon.evaluation.wording import (
     NAMES,
@@ -68,7 +68,7 @@ AFTERWARDS = ("judgements", "evaluation", "samples")
 """Stages that come after the trainings."""
 JUDGED = "judged/"
 """What the names of such stages begin with as judge one policy each: one row for all."""
-TEMPLATES = {"teacher_hacking": "hacking", "warp": "warp"}
+TEMPLATES = {"teacher_hacking": "hacking", "warm": "warm", "warp": "warp"}
 """Of pipelines with a page of their own."""
 SMOOTHING = 0.05
 """Part of a training that each point of a smoothed curve averages over."""
@@ -182,6 +182,8 @@ def _page(folder: Path) -> dict[str, Any]:
     page["longest"] = max((each["seconds"] for each in page["stages"]), default=0) or 1.0
     if results is not None and results["pipeline"] == "teacher_hacking":
         page |= hacking_page.findings(results)
+    elif results is not None and results["pipeline"] == "warm":
+        page |= warm_page.page(results)
     elif results is not None and results["pipeline"] == "warp":
         page |= alignment_page.page(results)
     elif results is not None:

@@ -29,6 +29,7 @@ from cabochon.core import Key, Step
 from cabochon.core.errors import ConfigError, DataError, WeightsMismatch
 from cabochon.data.preferences import Pairs, PairTokens, encode_pair, read_pairs, with_flipped
 from cabochon.data.tokenizer import Tokenizer
+from cabochon.evaluation.report import render
 from cabochon.models.foreign import ForeignModel
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.models.reward_head import RewardModel, is_reward_model
@@ -143,7 +144,9 @@ def recipe_of(config: Config, member: int) -> Recipe:
 
 
 def run(config: Config, folder: Path, observe: Observe = nobody) -> dict[str, object]:
-    """The contents of `folder/results.json` after every stage; `folder/warm` is the average.
+    """The contents of `folder/results.json` after every stage; `folder/report.html` shows them.
+
+    The average is the model folder `folder/warm`.
 
     Probe and members are run directories in `folder`. One that is complete is left alone, one that
     was interrupted goes on from its last checkpoint, and the result is the same, bit for bit.
@@ -300,10 +303,11 @@ def _compared(work: _Work, probe: Path, members: Sequence[Path]) -> dict[str, ob
             ranks_by=ranks_by,
             warm=warm,
         )
-    results["model"] = str(place)
+    results |= {"seed": config.seed, "threads": torch.get_num_threads(), "model": str(place)}
     write_json(folder / "results.json", results)
     (folder / "report.md").write_text(table(results), encoding="utf-8")
     note_memory(folder)
+    render(folder)
     work.observe(Event(stage="evaluation", steps=0, note=f"the average is {place}"))
     return results
 

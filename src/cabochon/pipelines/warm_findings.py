@@ -13,18 +13,11 @@ from cabochon.core.errors import DataError
 from cabochon.data.preferences import PairTokens
 from cabochon.evaluation.intervals import mean_interval
 from cabochon.evaluation.pairs import pair_accuracy
+from cabochon.evaluation.warm_page import SETS
 from cabochon.models.reward_head import RewardModel
 from cabochon.rewards.preference_model import score_sequences
 
-__all__ = ["TITLES", "Judged", "findings", "judge", "table"]
-
-TITLES = {
-    "corrupted": "training pairs with swapped labels (learned by heart: less is better)",
-    "clean": "training pairs with their own labels",
-    "held_out": "held-out pairs",
-    "ood": "pairs of another kind",
-}
-"""Set of pairs -> what it is."""
+__all__ = ["Judged", "findings", "judge", "table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +89,8 @@ def findings(
     chosen = [members[number] for number in best]
     return {
         "pipeline": "warm",
+        "title": "Reward models, averaged",
+        "repeat": "",
         "ranked_by": ranks_by,
         "order": list(order),
         "averaged": list(best),
@@ -117,11 +112,11 @@ def table(results: Mapping[str, Any]) -> str:
         interval = gap["interval"]
         sure = "" if interval is None else f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
         lines.append(
-            f"| {TITLES[name]} | {each['pairs']} | {each['probe']:.3f} | {each['mean_member']:.3f} "
+            f"| {SETS[name]} | {each['pairs']} | {each['probe']:.3f} | {each['mean_member']:.3f} "
             f"| {each['ensemble']['accuracy']:.3f} | {each['average']['accuracy']:.3f} "
             f"| {gap['mean']:+.3f}{sure} |"
         )
-    lines += ["", f"Members, ranked on {TITLES[results['ranked_by']]}:", ""]
+    lines += ["", f"Members, ranked on {SETS[results['ranked_by']]}:", ""]
     names = list(results["sets"])
     lines += ["| member | start | learning rate | dropout | " + " | ".join(names) + " |"]
     lines += ["| --- " * (4 + len(names)) + "|"]
