@@ -300,9 +300,14 @@ def _of_torchrl(data: Any) -> dict[str, Tensor]:
 
 
 def ours(
-    *, actors: int = 2, each: int = ENVIRONMENTS // 2, batch: int = 0, runtime: str = "threads"
+    *,
+    actors: int = 2,
+    each: int = ENVIRONMENTS // 2,
+    batch: int = 0,
+    updates: int = UPDATES,
+    runtime: str = "threads",
 ) -> dict[str, float]:
-    """Seconds for UPDATES updates of `vtrace_agent`, 640 transitions each."""
+    """Seconds for UPDATES updates of `vtrace_agent` of 640 transitions each, from fewer or more."""
     from cabochon.algorithms import vtrace_agent
     from cabochon.core import Key
     from cabochon.models.agents.networks import NetworkConfig, build, policy_and_value
@@ -330,9 +335,9 @@ def ours(
         for _ in islice(steps, WARM):
             pass
         clock = Clock()
-        for _ in islice(steps, UPDATES):
+        for _ in islice(steps, updates):
             pass
-        return clock.read()
+        return {name: value * UPDATES / updates for name, value in clock.read().items()}
 
 
 def worker(side: str, setting: str) -> None:
@@ -369,12 +374,12 @@ def draw(path: str) -> None:
     unit = "frames_per_processor_second"
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     alone = run_worker(__file__, "environment", "")[unit]
-    counts, sizes = (1, 2, 4, 16), (2, 8, 32)
+    counts, sizes = (1, 4, 16), (2, 8, 32)
     for runtime in ("threads", "processes"):
-        settings = [f"actors={n},each={32 // n},runtime={runtime}" for n in counts]
+        settings = [f"actors={n},each={32 // n},updates=4,runtime={runtime}" for n in counts]
         speeds = [run_worker(__file__, "ours", each)[unit] for each in settings]
         left.plot(counts, speeds, "o-", label=runtime)
-    settings = [f"actors=16,each=2,batch={size}" for size in sizes]
+    settings = [f"actors=16,each=2,updates=4,batch={size}" for size in sizes]
     right.plot(sizes, [run_worker(__file__, "ours", each)[unit] for each in settings], "o-")
     left.set(xscale="log", xlabel="actors (32 environments in all)", ylabel="frames a core-second")
     left.set_xticks(counts, [str(n) for n in counts])
