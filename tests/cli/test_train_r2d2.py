@@ -69,9 +69,10 @@ def test_a_killed_run_goes_on_bit_for_bit_with_its_replay(tmp_path: Path) -> Non
 
 def test_a_learner_that_mostly_waits_is_told_of(tmp_path: Path) -> None:
     done = call(
-        *COMMAND, "--steps", 6, "--replay-ratio", 0.05, "--capacity", 400, "--out", tmp_path / "run"
-    )
-    assert done.code == 0, done.err
+        *COMMAND, "--steps", 6, "--replay-ratio", 0.05, "--capacity", 400, "--out",
+        tmp_path / "run", "--evaluation-actions", "drawn", "--evaluation-episodes", 5,
+    )  # fmt: skip
+    assert done.code == 0, done.err  # more episodes are played than there are environments
     assert "the learner waited for new sequences" in done.err
     assert "each update takes 320 new actions" in done.err
 

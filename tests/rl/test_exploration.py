@@ -33,3 +33,9 @@ def test_each_environment_departs_at_its_own_rate_to_all_actions_alike() -> None
         wanted = np.full(4, rate / 4)
         wanted[1] += 1 - rate
         np.testing.assert_allclose(found, wanted, atol=0.015)
+
+
+def test_more_environments_than_rates_begin_the_ladder_again() -> None:
+    choose = epsilon_greedy(np.array([0.0, 1.0]))
+    q, uniform = torch.tensor([[2.0, 0.0, 1.0]]).expand(5, 3), np.full((5, 2), 0.99)
+    assert choose({"q": q}, np.arange(5), uniform).tolist() == [0, 2, 0, 2, 0]

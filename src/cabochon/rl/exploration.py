@@ -36,7 +36,7 @@ def epsilon_greedy(rates: NDArray[np.float64]) -> Choose:
     """Chooses the best action by `q`; at the environment's rate one at random, of all alike.
 
     Args:
-        rates: N, of the environments 0 to N - 1.
+        rates: N, of the environments 0 to N - 1; environment i of more has that of i mod N.
     """
 
     def choose(
@@ -44,7 +44,7 @@ def epsilon_greedy(rates: NDArray[np.float64]) -> Choose:
     ) -> NDArray[np.int64]:
         q = outputs["q"].numpy(force=True)
         anything = (uniform[:, 1] * q.shape[1]).astype(np.int64)
-        random = uniform[:, 0] < rates[environments]
+        random = uniform[:, 0] < rates[environments % len(rates)]
         chosen: NDArray[np.int64] = np.where(random, anything, q.argmax(1))
         return chosen
 
