@@ -128,6 +128,7 @@ def test_arrivals_join_in_order():
     joined = Arrival.joined(arrivals)
     np.testing.assert_array_equal(joined.ids, [0, 1, 2, 3])
     np.testing.assert_array_equal(joined.run, [0, 0, 7, 7])
+    np.testing.assert_array_equal(joined.episode, [0, 0, 1, 1])  # those of length 1 have ended
     np.testing.assert_array_equal(joined.ended, [2, 3])
     np.testing.assert_array_equal(joined.final_observation, arrivals[1].final_observation)
     assert Arrival.joined(arrivals[:1]) is arrivals[0]

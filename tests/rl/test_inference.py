@@ -32,7 +32,7 @@ def infer(server, arrival):
 
 def rows_of(arrival, rows):
     """Part of an arrival; no row of it has ended."""
-    names = ("ids", "run", "observation", "reward", "first", "terminated", "truncated")
+    names = ("ids", "run", "episode", "observation", "reward", "first", "terminated", "truncated")
     return Arrival(**{name: getattr(arrival, name)[rows] for name in names})
 
 

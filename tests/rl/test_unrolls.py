@@ -18,6 +18,7 @@ def arrival(ids, time, *, run=0, first=False, cut=()):
     return Arrival(
         ids=ids,
         run=np.full(len(ids), run),
+        episode=np.zeros(len(ids), np.int64),
         observation=np.stack([ids, np.broadcast_to(time, ids.shape)], 1).astype(np.float32),
         reward=np.broadcast_to(np.float32(time), ids.shape),
         first=truncated | first,

@@ -51,6 +51,7 @@ class AtariEnvironments:
         return Arrival(
             ids=self.ids,
             run=np.full(count, run, np.int64),
+            episode=self.episode.copy(),
             observation=observation,
             reward=np.zeros(count, np.float32),
             first=~nothing,
@@ -75,6 +76,7 @@ class AtariEnvironments:
         return Arrival(
             ids=self.ids,
             run=np.full(len(self.ids), self.run, np.int64),
+            episode=self.episode.copy(),
             observation=observation,
             reward=reward,
             first=over,

@@ -68,6 +68,8 @@ class Arrival:
     """n int64: the environments' numbers."""
     run: Array
     """n int64: changes whenever an environment was begun anew, by another actor."""
+    episode: Array
+    """n int64: the number, within the run, of the episode that the observation belongs to."""
     observation: Array
     """n ...: the first of a new episode where `first` is True."""
     reward: Array
@@ -97,7 +99,16 @@ class Arrival:
         some = [each for each in arrivals if len(each.ended)] or arrivals[:1]
         named = {
             name: np.concatenate([getattr(each, name) for each in arrivals])
-            for name in ("ids", "run", "observation", "reward", "first", "terminated", "truncated")
+            for name in (
+                "ids",
+                "run",
+                "episode",
+                "observation",
+                "reward",
+                "first",
+                "terminated",
+                "truncated",
+            )
         }
         finals = {
             name: np.concatenate([getattr(each, name) for each in some])
@@ -217,6 +228,7 @@ class GymnasiumEnvironments:
         return Arrival(
             ids=self.ids,
             run=np.full(len(self.ids), run, np.int64),
+            episode=np.array(self.episode, np.int64),
             observation=observation,
             reward=np.zeros(len(self.ids), np.float32),
             first=~nothing,
@@ -248,6 +260,7 @@ class GymnasiumEnvironments:
         return Arrival(
             ids=self.ids,
             run=np.full(count, self.run, np.int64),
+            episode=np.array(self.episode, np.int64),
             observation=observation,
             reward=reward,
             first=terminated | truncated,

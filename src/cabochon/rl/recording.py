@@ -31,6 +31,7 @@ class _Under:
 
     run: int
     number: int
+    """Within the run, as the environment counts."""
     observations: list[Array] = field(default_factory=list)
     actions: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -63,7 +64,7 @@ class AgentRecorder:
                     own.observations.append(arrival.final_observation[ended[row]])
                     self._write(number, own, terminated=bool(arrival.terminated[row]))
             if arrival.first[row]:
-                own = _Under(run, own.number + 1 if own is not None else 0)
+                own = _Under(run, int(arrival.episode[row]))
             if own is None:
                 self.under.pop(number, None)
                 continue
