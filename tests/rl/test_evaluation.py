@@ -35,6 +35,10 @@ def test_an_episode_without_end_is_an_error():
     endless = EnvironmentSpec(name=SPEC.name, options={"length": 10**9})
     with pytest.raises(ConfigError, match="--max-episode-steps"):
         play(agent(), endless, 1, Key(0), limit=50)
+    exact = EnvironmentSpec(name=SPEC.name, options={"length": 9})
+    assert play(agent(), exact, 5, Key(0), limit=9).lengths == (9,) * 5  # of each, not of all
+    with pytest.raises(ConfigError, match="after 8 actions"):
+        play(agent(), exact, 5, Key(0), limit=8)
     with pytest.raises(ConfigError, match="at least 1"):
         play(agent(), SPEC, 0, Key(0))
 

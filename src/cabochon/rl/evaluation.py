@@ -74,7 +74,7 @@ def play(
         episodes: how many, each of an environment of its own.
         key: of the seeds and of what is drawn.
         choose: the actions.
-        limit: of steps of all environments together; an environment that never ends is an error.
+        limit: of the actions of each environment; one that does not end within them is an error.
 
     Raises:
         ConfigError: there is an episode without end.
@@ -93,7 +93,7 @@ def play(
                     done.setdefault(row, one)
                 if len(done) == len(ids):
                     break
-                if time * len(ids) > limit * max(1, len(ids)):
+                if time >= limit:
                     raise ConfigError(
                         f"an episode of {spec.name} has not ended after {time} actions; "
                         "give --max-episode-steps"
