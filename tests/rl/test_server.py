@@ -1,5 +1,7 @@
 """No observation is lost or answered twice, whoever is late, hangs or dies."""
 
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -14,7 +16,7 @@ from cabochon.rl.environment import EnvironmentSpec, signature_of
 from cabochon.rl.inference import Inference, sample
 from cabochon.rl.server import ActingConfig, Server
 from cabochon.rl.unrolls import UnrollStore
-from cabochon.runtime import inline, runtime_called, threads
+from cabochon.runtime import inline, processes, runtime_called, threads
 
 
 def spec(name="Counting", **options):
@@ -105,6 +107,18 @@ def test_a_killed_actor_is_replaced_and_stops_nobody():
     assert server.counts.replaced == len(told) >= 3
     assert "actor-0 died: was told to" in told[0]
     assert min(witness.answered.values()) > 20
+
+
+def test_a_process_that_is_killed_is_replaced():
+    witness, told, acting = Witness(), [], ActingConfig(actors=2, environments=2)
+    with processes() as runtime:
+        server = serve(runtime, spec(length=6), acting, observe=witness, notice=told.append)
+        turns(server, lambda: server.counts.steps >= 100)
+        os.kill(server.seats[1].actor.body.process.pid, signal.SIGKILL)
+        turns(server, lambda: server.counts.replaced == 1)
+        before = witness.answered[3]
+        turns(server, lambda: witness.answered[3] > before + 20)
+    assert "actor-1 died" in told[0]
 
 
 def test_another_server_takes_the_actors_over():
