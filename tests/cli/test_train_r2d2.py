@@ -67,12 +67,19 @@ def test_a_killed_run_goes_on_bit_for_bit_with_its_replay(tmp_path: Path) -> Non
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def test_more_episodes_are_played_with_drawn_actions_than_there_are_rates(tmp_path: Path) -> None:
+    words = [5 if before == "--evaluation-episodes" else word
+             for before, word in zip(("", *COMMAND), COMMAND, strict=False)]  # fmt: skip
+    done = call(*words, "--evaluation-actions", "drawn", "--steps", 1, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "mean return of 5 episodes" in done.err
+
+
 def test_a_learner_that_mostly_waits_is_told_of(tmp_path: Path) -> None:
     done = call(
-        *COMMAND, "--steps", 6, "--replay-ratio", 0.05, "--capacity", 400, "--out",
-        tmp_path / "run", "--evaluation-actions", "drawn", "--evaluation-episodes", 5,
-    )  # fmt: skip
-    assert done.code == 0, done.err  # more episodes are played than there are environments
+        *COMMAND, "--steps", 6, "--replay-ratio", 0.05, "--capacity", 400, "--out", tmp_path / "run"
+    )
+    assert done.code == 0, done.err
     assert "the learner waited for new sequences" in done.err
     assert "each update takes 320 new actions" in done.err
 
