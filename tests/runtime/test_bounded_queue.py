@@ -77,6 +77,16 @@ def test_at_lag_zero_an_actor_waits_for_the_next_version() -> None:
     assert queue.put("c", version=1)
 
 
+def test_what_grows_too_old_makes_room_at_once() -> None:
+    queue = BoundedQueue(1, max_lag=0)
+    queue.put("a", version=0)
+    waits = queue.offer("b", 1)
+    queue.advance(1)
+    assert waits.result(0) is True
+    counts = queue.counts
+    assert (counts.dropped, counts.held, counts.waiting) == (1, 1, 0)
+
+
 def test_an_item_given_back_is_the_next_one() -> None:
     queue = BoundedQueue(1)
     queue.put("a")

@@ -164,14 +164,18 @@ class BoundedQueue:
         return not self._waits or lag + (self._since + held) // self._takes <= self._max_lag
 
     def _leave(self, told: list[Callable[[], None]]) -> bool:
-        """Give the oldest record that is not too old to the first who waits for one."""
+        """Give the oldest record that is not too old to the first who waits for one.
+
+        True also where there is only room now, because what was too old has gone.
+        """
+        dropped = self._dropped
         while self._records and self._version - self._records[0][1] > self._max_lag:
             self._records.popleft()
             self._dropped += 1
         while self._getting and self._getting[0].cancelled():
             self._getting.popleft()
         if not self._records or not self._getting:
-            return False
+            return self._dropped > dropped
         future = self._getting.popleft()
         if future.set_running_or_notify_cancel():
             record, version = self._records.popleft()
