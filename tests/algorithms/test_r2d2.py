@@ -176,8 +176,9 @@ def test_the_loss_is_a_sum_over_sequences_and_no_gradient_reaches_targets_or_bur
     assert all(each.grad is None for each in target.parameters())
 
 
-def test_first_priorities_are_those_of_learning_with_the_network_that_acted() -> None:
-    config = r2d2.Config(burn_in=3, unroll_length=8, horizon=3, finals=0, capacity=99)
+@pytest.mark.parametrize("eta", [0.0, 0.9, 1.0])
+def test_first_priorities_are_those_of_learning_with_the_network_that_acted(eta: float) -> None:
+    config = r2d2.Config(burn_in=3, unroll_length=8, horizon=3, finals=0, capacity=99, eta=eta)
     learner = network(1)
     for seed in range(5):
         unroll = unrolled(seed, 12, finals=0)
@@ -185,7 +186,7 @@ def test_first_priorities_are_those_of_learning_with_the_network_that_acted() ->
         unroll.outputs["q"][:] = torch.stack(said_of(learner, unroll)[0][:-1]).numpy()
         batch = batch_of(config, learner, [unroll])
         errors, _ = r2d2.td_errors(config, learner, learner, batch)
-        wanted = td.sequence_priorities(errors, torch.ones_like(errors, dtype=torch.bool))
+        wanted = td.sequence_priorities(errors, torch.ones_like(errors, dtype=torch.bool), eta)
         assert r2d2.first_priority(config, unroll) == pytest.approx(wanted.item(), rel=1e-4)
 
 
@@ -427,8 +428,11 @@ def test_stored_states_and_burn_in_bring_a_changed_network_back_to_its_state() -
         {"capacity": 10, "minimum": 50},
         {"eta": -0.1},
         {"importance_exponent": 2.0},
+        {"priority_exponent": -1.0},
+        {"priority_exponent": float("nan")},
         {"rescaling": -1.0},
         {"max_grad_norm": 0.0},
+        {"max_grad_norm": -1.0},
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ class Config:
             (not 0.0 <= self.eta <= 1.0, f"eta must be in [0, 1], got {self.eta}"),
             (not 0.0 <= self.importance_exponent <= 1.0, "importance_exponent must be in [0, 1], "
              f"got {self.importance_exponent}"),
+            (not 0.0 <= self.priority_exponent < np.inf, "priority_exponent must be at least 0"),
             (not 0.0 < self.replay_ratio < np.inf,
              f"replay_ratio must be above 0, got {self.replay_ratio}"),
             (self.capacity < self.minimum, "the replay must hold its minimum: capacity "
@@ -199,7 +200,8 @@ def first_priority(config: Config, unroll: Unroll) -> float:
     )  # fmt: skip
     actions = torch.from_numpy(unroll.action[config.burn_in :, None])
     errors = td.rescale(targets, config.rescaling) - q.gather(-1, actions)
-    return float(td.sequence_priorities(errors, torch.ones_like(errors, dtype=torch.bool)))
+    learned = torch.ones_like(errors, dtype=torch.bool)
+    return float(td.sequence_priorities(errors, learned, config.eta))
 
 
 def train(
