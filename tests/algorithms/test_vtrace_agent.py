@@ -183,8 +183,13 @@ def test_the_same_trains_beside_the_actors(runtime):
 
 
 def test_what_cannot_be_is_refused():
-    for wrong in ({"discount": 1.1}, {"rho_bar": 0.5}, {"batch_size": 0}, {"trace": -1.0}):
-        with pytest.raises(ConfigError):
+    nan = float("nan")
+    for wrong in (
+        {"discount": 1.1}, {"rho_bar": 0.5}, {"batch_size": 0}, {"trace": -1.0},
+        {"max_abs_reward": 0.0}, {"max_abs_reward": nan}, {"max_grad_norm": -1.0},
+        {"baseline_cost": nan}, {"entropy_cost": nan}, {"kl_cost": math.inf},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=next(iter(wrong)).rpartition("_")[2]):
             vtrace_agent.Config(**wrong)
     _, model, collector, optimizer = cartpole()
     with pytest.raises(ConfigError, match="the collector cuts"):

@@ -95,8 +95,10 @@ class Config:
              f"{self.rho_bar}"),
             (not 0.0 <= self.rho_bar_advantage < math.inf, "rho_bar_advantage must be finite and "
              "not negative (correction importance has no bounds)"),
-            (not min(costs) >= 0.0, f"costs must not be negative, got {costs}"),
-            (not (self.max_abs_reward or 1.0) > 0.0, "max_abs_reward must be above 0"),
+            (not all(0.0 <= cost < math.inf for cost in costs),
+             f"costs must be finite and not negative, got {costs}"),
+            (self.max_abs_reward is not None and not self.max_abs_reward > 0.0,
+             f"max_abs_reward must be above 0, or absent, got {self.max_abs_reward}"),
             (self.lag < 0 or (self.max_lag or 0) < 0, "lag and max_lag must not be negative"),
             (not self.max_grad_norm > 0.0, "max_grad_norm must be above 0"),
         ):  # fmt: skip
