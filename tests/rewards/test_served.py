@@ -30,7 +30,8 @@ def server(answer: Callable[[dict[str, Any]], Any], delay_s: float = 0.0) -> Ite
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             time.sleep(delay_s if body["prompt"] == "two" else 0.0)
             content = json.dumps(answer(body)).encode()
-            self.send_response(200 if self.path == "/judge/score" else 404)
+            known = self.path in ("/judge/score", "/judge/score?task=a&key=b")
+            self.send_response(200 if known else 404)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -56,6 +57,14 @@ def test_the_server_sees_prompts_and_completions_and_its_numbers_come_back_in_or
     with server(lengths) as url:
         found = scores(served(once(f"{url}/judge/score"), decode), GROUPS)
     assert found.total.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_what_the_address_asks_for_is_asked_for() -> None:
+    with server(lengths) as url:
+        found = scores(served(once(f"{url}/judge/score?task=a&key=b"), decode), GROUPS)
+        assert found.total.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+        with pytest.raises(ServerError, match="404"):
+            scores(served(once(f"{url}/judge/score?task=c"), decode), GROUPS)
 
 
 @pytest.mark.parametrize(

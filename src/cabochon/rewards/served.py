@@ -8,10 +8,10 @@ Time-outs, repeats and concurrency are those of `generation.transport` (extra `r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 from torch import Tensor
@@ -42,10 +42,11 @@ def served(transport: Transport, decode: Decode) -> RewardFn:
     """
     parts = urlsplit(transport.url)
     path = parts.path if parts.path.strip("/") else PATH
+    params = parse_qs(parts.query, keep_blank_values=True)
     root = replace(transport, url=f"{parts.scheme}://{parts.netloc}")
 
     def reward(groups: Sequence[Group]) -> Tensor:
-        requests = [_question(path, groups, place, decode) for place in range(len(groups))]
+        requests = [_question(path, params, groups, place, decode) for place in range(len(groups))]
         rows: list[list[float]] = [[] for _ in groups]
         for place, found in ask(root, requests):
             rows[place] = found
@@ -55,7 +56,11 @@ def served(transport: Transport, decode: Decode) -> RewardFn:
 
 
 def _question(
-    path: str, groups: Sequence[Group], place: int, decode: Decode
+    path: str,
+    params: Mapping[str, Sequence[str]],
+    groups: Sequence[Group],
+    place: int,
+    decode: Decode,
 ) -> Request[list[float]]:
     group = groups[place]
 
@@ -80,6 +85,7 @@ def _question(
         raise DataError(f"{named(groups, place)}: {error}") from error
     return Request(
         path=path,
+        params=params,
         body=body,
         read=read,
         name=named(groups, place),
