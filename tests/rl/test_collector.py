@@ -35,6 +35,21 @@ def test_inline_every_unroll_is_exactly_so_many_updates_old(lag):
             assert unrolls.report()["lag"] == min(lag, version)
 
 
+@pytest.mark.parametrize("max_lag", [0, 1])
+@pytest.mark.parametrize("length", [4, 7])
+def test_inline_no_unroll_is_older_than_it_may_be(length, max_lag):
+    acting = ActingConfig(actors=4, environments=4)  # more than are taken: the rest grows old
+    with collector(acting=acting, length=length, max_lag=max_lag) as unrolls:
+        taken = 0
+        for version in range(12):
+            taken += len(unrolls.take(4, version))
+            assert max(unrolls.lags) <= max_lag
+        told = unrolls.report()
+        complete = told["frames"] // (16 * length) * 16
+        assert told["dropped"] > 0
+        assert taken + told["dropped"] + len(unrolls.waiting) in {complete - 16, complete}
+
+
 @pytest.mark.parametrize("runtime", ["threads", "processes"])
 def test_elsewhere_no_unroll_is_older_than_it_may_be(runtime):
     with collector(runtime, max_lag=1) as unrolls:
@@ -45,12 +60,13 @@ def test_elsewhere_no_unroll_is_older_than_it_may_be(runtime):
         assert unrolls.report()["frames"] >= 20 * 16
 
 
-def test_inline_it_is_the_same_after_every_interruption():
+@pytest.mark.parametrize("cut", [{"lag": 1}, {"batch": 3, "max_lag": 1}])
+def test_inline_it_is_the_same_after_every_interruption(cut):
     saved, broken = None, []
-    with collector(lag=1) as unrolls:
+    with collector(**cut) as unrolls:
         straight = [(unrolls.take(4, version), unrolls.report()) for version in range(12)]
     for version in range(12):  # another process for every update
-        with collector(lag=1) as unrolls:
+        with collector(**cut) as unrolls:
             if saved is not None:
                 unrolls.restore(saved, version)
             broken.append((unrolls.take(4, version), unrolls.report()))
@@ -62,7 +78,7 @@ def test_inline_it_is_the_same_after_every_interruption():
             np.testing.assert_array_equal(one.outputs["logits"], two.outputs["logits"])
             for part, again in zip(one.state, two.state, strict=True):
                 np.testing.assert_array_equal(part, again)
-        for name in ("frames", "episodes", "lag", "return"):
+        for name in ("frames", "episodes", "lag", "return", "dropped"):
             assert said.get(name) == told.get(name)
 
 

@@ -246,16 +246,20 @@ class Collector:
     def _own(self, count: int, version: int) -> list[Unroll]:
         assert self.server is not None
         self.server.inference.version = version
+        self._drop(version)
         while len(self.waiting) < count * (self.cutting.lag + 1):
             self.waiting.extend(self.server.turn())
-            self._drop(version)
+            self._drop(version)  # ends: unrolls that begin now are of this version
         return [self.waiting.popleft() for _ in range(count)]
 
     def _drop(self, version: int) -> None:
-        oldest = version - self.cutting.max_lag if self.cutting.max_lag is not None else 0
-        while self.waiting and self.waiting[0].version[0] < oldest:
-            self.waiting.popleft()
-            self.dropped += 1
+        """Whatever is too old by now, wherever it stands."""
+        if self.cutting.max_lag is None:
+            return
+        oldest = version - self.cutting.max_lag
+        kept = [unroll for unroll in self.waiting if unroll.version[0] >= oldest]
+        self.dropped += len(self.waiting) - len(kept)
+        self.waiting = deque(kept)
 
     def _queued(self, count: int, version: int) -> list[Unroll]:
         assert self.server is not None
