@@ -31,11 +31,16 @@ class Counting(gymnasium.Env):
 
 
 class Broken(Counting):
-    """Misbehaves in the way of its name at the third step."""
+    """Misbehaves in the way of its name: when it begins, or at the third step."""
 
     def __init__(self, how="raise", seconds=3600.0):
         super().__init__(length=50)
         self.how, self.seconds = how, seconds
+
+    def reset(self, *, seed=None, options=None):
+        if self.how == "raise_in_reset":
+            raise RuntimeError("the cartridge is missing")
+        return super().reset(seed=seed)
 
     def step(self, action):
         seen, reward, over, cut, info = super().step(action)

@@ -146,6 +146,17 @@ def test_environments_that_fail_again_and_again_are_an_error(name, how, kind):
     assert 2 <= len(told) <= 4
 
 
+@pytest.mark.parametrize("name", ["inline", "threads"])
+@pytest.mark.parametrize("replacements", [0, 2, 5])
+def test_environments_that_never_begin_are_an_error(name, replacements):
+    told, acting = [], ActingConfig(actors=1, environments=1, replacements=replacements)
+    with runtime_called(name) as runtime:
+        server = serve(runtime, spec("Broken", how="raise_in_reset"), acting, notice=told.append)
+        with pytest.raises(DataError, match=r"actor-0 died.* in reset: the cartridge is missing"):
+            turns(server, lambda: False)
+    assert len(told) == server.counts.replaced == min(replacements, 2)
+
+
 def test_a_hanging_environment_is_replaced_after_its_patience():
     acting = ActingConfig(actors=2, environments=1, patience=0.3, replacements=1)
     which = spec("Broken", how="hang", seconds=2.0)

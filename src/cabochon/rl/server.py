@@ -51,7 +51,8 @@ class ActingConfig:
     `inline`, where nobody can be interrupted)."""
     replacements: int = 3
     """How often in a row the actors of the same environments may die before they completed an
-    unroll; once more is an error."""
+    unroll; once more is an error. Of those that die before their first observation the third is an
+    error, however many are allowed."""
 
     def __post_init__(self) -> None:
         for name in ("actors", "environments"):
@@ -296,15 +297,23 @@ class Server:
         seat = self.seats[number]
         seat.deaths += 1
         if seat.deaths > self.config.replacements:
-            again = f" {seat.deaths} times in a row" if seat.deaths > 1 else ""
-            cause = error.__cause__
-            kind = type(cause) if isinstance(cause, DataError | ArithmeticError) else DataError
-            raise kind(f"{error.actor} died{again}, the last time so: {error.cause}") from error
+            raise _given_up(error, seat.deaths) from error
+        try:
+            seat.actor = self.runtime.replace(seat.actor)
+        except ActorDied:  # none of its kind came as far as an observation
+            raise _given_up(error, seat.deaths) from error
         if self.notice is not None:
             self.notice(f"{error}; another one begins its environments anew")
         self.counts.replaced += 1
-        seat.actor = self.runtime.replace(seat.actor)
         self._begin(number)
+
+
+def _given_up(error: ActorDied, deaths: int) -> Exception:
+    """What is raised when there is no use in another actor: of the kind of what it died of."""
+    again = f" {deaths} times in a row" if deaths > 1 else ""
+    cause = error.__cause__
+    kind = type(cause) if isinstance(cause, DataError | ArithmeticError) else DataError
+    return kind(f"{error.actor} died{again}, the last time so: {error.cause}")
 
 
 def _below(saved: Mapping[str, Array], prefix: str) -> dict[str, Array]:
