@@ -144,7 +144,8 @@ class Queue(Protocol):
     """A first-in first-out queue of records that holds so many and none that is too old.
 
     Any actor and any thread may put and get. Nothing that was put is lost but what is counted as
-    dropped, and nothing is given out twice, whoever dies on the way.
+    dropped, and nothing is given out twice, whoever dies on the way. Ray's queue promises less: a
+    record goes with the actor that waited for it and died, and counts as taken.
     """
 
     def put(self, record: Any, /, *, version: int = 0, timeout: float | None = None) -> bool:

@@ -287,7 +287,11 @@ class _Shelf:
 
 
 class RayQueue:
-    """A `Queue` on the host where Ray put it."""
+    """A `Queue` on the host where Ray put it.
+
+    Nobody confirms what was taken: a record that is given to an actor that died while it waited is
+    lost, and counts as taken.
+    """
 
     def __init__(self, shelf: Any) -> None:
         self.shelf = shelf
