@@ -387,6 +387,7 @@ def draw(path: str) -> None:
     right.set(xscale="log", xlabel="inference batch (16 threads of 2 environments)")
     right.set_xticks(sizes, [str(n) for n in sizes])
     for axes in (left, right):
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.suptitle(f"Pong, acting and learning (environments alone: {alone:.0f})")
