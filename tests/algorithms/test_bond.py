@@ -415,6 +415,9 @@ def test_a_lone_sample_has_no_baseline() -> None:
         ({"baseline": "prompt"}, "2 samples or more"),
         ({"sampling_temperature": 0.0}, "greedily"),
         ({"anchor_rate": 2.0}, "rate must lie"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm"),
+        ({"max_kl": float("nan")}, "max_kl"),
         ({"steps": 0}, "at least 1"),
     ],
 )

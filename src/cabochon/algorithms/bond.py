@@ -101,7 +101,7 @@ class Config:
             (not 0.0 <= self.regularisation < float("inf"), "regularisation must be at least 0"),
             (min(self.steps, self.accumulate, self.samples) < 1,
              "steps, accumulate and samples must be at least 1"),
-            (not self.max_kl > 0.0, "max_kl must be above 0; infinity never stops"),
+            (not self.max_kl > 0.0 < self.max_grad_norm, "max_kl, max_grad_norm: above 0 (or inf)"),
             (self.quantile == "two_draws" and (self.n, self.anchor_samples) != (2, 2),
              "two_draws is of n 2 and anchor_samples 2; for others take quantile floor or add_one"),
             (self.baseline == "prompt" and self.samples < 2,
