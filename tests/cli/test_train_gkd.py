@@ -167,6 +167,18 @@ def test_resuming_from_an_earlier_checkpoint_writes_the_same_samples(
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_student_that_writes_by_a_coin_resumes_where_it_wrote_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Of micro-batches that it did not write there is no record; this one's coin says so often."""
+    more: dict[str, object] = {"preset": "imit_kd", "seed": 1}
+    assert train(folder, tmp_path / "whole", **more).code == 0
+    assert train(folder, tmp_path / "run", keep=4, **more).code == 0
+    done = call("resume", tmp_path / "run", "--step", 2)
+    assert done.code == 0, done.err
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("preset", "on_policy"),
     [("sft", 0.0), ("seq_kd", 0.0), ("supervised_kd", 0.0), ("imit_kd", None)],

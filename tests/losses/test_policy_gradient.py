@@ -10,7 +10,14 @@ import torch
 from cabochon.core import Key, LinearPrediction, TokenBatch
 from cabochon.core.errors import ConfigError
 from cabochon.losses import linear
-from cabochon.losses.policy_gradient import future_sums, leave_one_out, policy_gradient
+from cabochon.losses.policy_gradient import (
+    Correction,
+    future_sums,
+    leave_one_out,
+    off_policy_gradient,
+    policy_gradient,
+    standardised,
+)
 
 
 def prediction(seed: int, rows: int = 2, length: int = 4) -> LinearPrediction:
@@ -75,3 +82,23 @@ def test_future_sums_leave_the_place_itself_out() -> None:
     values = torch.tensor([[1.0, 2.0, 4.0], [8.0, 0.0, 16.0]])
     wanted = torch.tensor([[6.0, 4.0, 0.0], [16.0, 16.0, 0.0]])
     torch.testing.assert_close(future_sums(values), wanted)
+
+
+def test_large_rewards_keep_what_they_differ_by() -> None:
+    """In float32 2^24 + 2 and its neighbours have sums that lose the difference."""
+    rewards = torch.tensor([16777216.0, 16777218.0, 16777216.0, 16777220.0])
+    expected = torch.tensor([-2.0, 2.0 / 3.0, -2.0, 10.0 / 3.0])
+    torch.testing.assert_close(leave_one_out(rewards), expected)
+    assert leave_one_out(torch.tensor([3e38, -3e38])).isneginf().any()  # 6e38 has no float32
+    spread = standardised(torch.tensor([3e38, 2e38, 1e38]))
+    assert spread.tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-6)
+
+
+def test_a_ratio_beyond_all_numbers_is_none_where_nothing_is_gained() -> None:
+    given, rows = prediction(0), batch()
+    drawn = torch.full((2, 4), -200.0)
+    for level in ("token", "sequence"):
+        correction = Correction(kind="clip", level=level)
+        loss = off_policy_gradient(given, rows, torch.zeros(2, 4), drawn, correction)
+        assert float(loss.total.detach()) == 0.0
+        assert all(bool(each.isfinite()) for each in loss.report.values())

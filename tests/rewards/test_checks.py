@@ -92,7 +92,7 @@ def test_code_without_a_function_or_a_docstring_is_not_documented() -> None:
         ("####", None),
         ("version v2.0", None),
         ("7" * 5000, None),
-        ("1/0", 1),
+        ("1/0", None),
     ],
 )
 def test_the_answer_of_a_solution(text: str, expected: Fraction | None) -> None:
@@ -126,6 +126,19 @@ def test_matching_looks_anywhere_and_a_bad_expression_is_refused() -> None:
     assert matches(r"^\d+$")("", "a42") == 0.0
     with pytest.raises(ConfigError, match="no regular expression"):
         matches("(")
+
+
+def test_a_reward_that_answers_whatever_goes_wrong_does_not_answer_a_time_out() -> None:
+    def forgiving(_prompt: str, _completion: str) -> float:
+        try:
+            time.sleep(30.0)
+        except Exception:
+            return 0.0
+        return 1.0
+
+    slow = judged(forgiving, decode, timeout_s=0.1)
+    with pytest.raises(DataError, match="longer than"):
+        scores(slow, [group("one", "a", "bb")])
 
 
 def test_a_judgement_that_hangs_is_ended_and_names_the_sample() -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cabochon.core import Completion, Group, Key
+from cabochon.core import Completion, Group, Key, TokenBatch
 from cabochon.core.errors import DataError, FolderError
 from cabochon.data.rlds.reader import validate
 from cabochon.generation.engine import Settings, generate
 from cabochon.models.gemma import Gemma, preset
-from cabochon.rewards.experience import Experience, draw, gains, recorder, replayed
+from cabochon.rewards.experience import Experience, continued, draw, gains, recorder, replayed
+from cabochon.rewards.returns import due
 from cabochon.rewards.scores import Scores
 
 
@@ -233,3 +234,55 @@ def test_a_killed_process_loses_nothing_and_the_next_goes_on(tmp_path: Path) -> 
     assert len(found) == 5
     for number, each in enumerate(found):
         assert_same(each, experience(number))
+
+
+def test_what_is_recalled_ends_where_a_micro_batch_is_missing(tmp_path: Path) -> None:
+    with recorder(tmp_path / "rollouts", Ids()) as record:
+        for number in (0, 1, 3):  # a student that writes by a coin wrote nothing for 2
+            record(experience(number))
+    with recorder(tmp_path / "rollouts", Ids()) as record:
+        assert [each.number for each in record.recalled(0)] == [0, 1]
+        assert list(record.recalled(2)) == []
+
+
+@pytest.mark.parametrize(("known", "begin", "skipped"), [(0, 2, 0), (3, 3, 1), (4, 4, 0)])
+def test_a_run_continues_with_what_was_drawn_and_then_draws(
+    known: int, begin: int, skipped: int
+) -> None:
+    """Two steps were made, of two micro-batches each; `known` more were drawn, half of one more."""
+    both = [
+        experience(4 + number, writer=writer)
+        for number in range(known)
+        for writer in ("policy", "anchor")
+    ]
+    recalled = [*both, experience(4 + known, writer="policy")]
+    asked = []
+
+    def drawn(due: Iterable[TokenBatch], step: int) -> Iterator[Experience]:
+        asked.append(step)
+        for number, _ in enumerate(due, step * 2):
+            for writer in ("policy", "anchor"):
+                yield experience(number, writer=writer)
+
+    batches = [TokenBatch.of([[1]])] * 6
+    found = list(continued(recalled, drawn, batches, start=2, accumulate=2, writers=2))
+    assert asked == [begin]
+    assert skipped == known % 2
+    wanted = [(n, w) for n in range(4, 10) for w in ("policy", "anchor")]
+    assert [(each.number, each.writer) for each in found] == wanted
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        experience(1),
+        experience(0, writer="anchor"),
+        replace(experience(0), judged=False),
+    ],
+)
+def test_an_experience_that_is_not_due_is_refused(other: Experience) -> None:
+    assert [each.number for each in due([experience(3), experience(4)], 3, 3)] == [3, 4]
+    with pytest.raises(DataError, match="expected judged experience 0 of the policy, 3 samples"):
+        next(due([other], 0, 3))
+    with pytest.raises(DataError, match=r"got experience 0 of the policy, judged, \[3\] samples"):
+        next(due([experience(0)], 0, 4))

@@ -35,7 +35,7 @@ from cabochon.losses import policy_gradient as pg
 from cabochon.losses.tempering import tempered
 from cabochon.models.critic import Critic
 from cabochon.rewards.experience import Experience, Observe, draw
-from cabochon.rewards.returns import Learned, Returns, completions_of, kl_report, reused
+from cabochon.rewards.returns import Learned, Returns, completions_of, due, kl_report, reused
 from cabochon.training import parallel, rollout_metrics
 from cabochon.training.anchors import Anchor, AnchorConfig
 from cabochon.training.fit import fit
@@ -103,8 +103,9 @@ class Config:
             (min(self.steps, self.accumulate, self.samples, self.updates) < 1,
              "steps, accumulate, samples and updates must be at least 1"),
             (not (0.0 <= self.kl_weight < math.inf and 0.0 < self.value_weight < math.inf
-                  and self.max_kl > 0.0),
-             "kl_weight must be finite and at least 0, value_weight and max_kl above 0"),
+                  and self.max_kl > 0.0 < self.max_grad_norm),
+             "kl_weight must be finite, at least 0; value_weight, max_kl, max_grad_norm above 0"),
+            (self.critic != "head" and self.baseline != "value", "a critic needs baseline value"),
             (not math.isfinite(self.limit_reward or 0.0), "limit_reward must be a finite number"),
             (self.samples < 2 and self.baseline in ("prompt", "group_normalised"),
              f"the baseline {self.baseline} compares samples of a prompt: samples 2 or more, or "
@@ -266,14 +267,10 @@ def train(
         source = experiences(config, policy, batches, reward=reward, key=key, stop_ids=stop_ids,
                              start=start)  # fmt: skip
 
-    def learned() -> Iterator[Learned]:
-        for experience in source or ():
-            if observe is not None:
-                observe(experience)
-            yield scored(config, experience, anchor.model, beginning)
-
-    due = reused(learned(), config.accumulate, config.updates, start * config.updates)
-    steps = fit(policy, objective(config, anchor.model, critic), due, optimizer,
+    taken = due(source or (), start * config.accumulate, config.samples, observe)
+    learned = (scored(config, each, anchor.model, beginning) for each in taken)
+    again = reused(learned, config.accumulate, config.updates, start * config.updates)
+    steps = fit(policy, objective(config, anchor.model, critic), again, optimizer,
                 accumulate=config.accumulate, max_grad_norm=config.max_grad_norm,
                 schedule=config.learning_rate_schedule, start=start * config.updates)  # fmt: skip
     moved = anchor.following(cast(nn.Module, policy), steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -28,6 +29,7 @@ from cabochon.data.prompts import Prompt, PromptRows
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.generation.engine import generate
 from cabochon.losses.policy_gradient import policy_gradient
+from cabochon.rewards.experience import continued
 from cabochon.training.anchors import AnchorConfig, anchor_of
 from cabochon.training.optimizers import OptimizerConfig
 
@@ -68,7 +70,10 @@ class BondSettings:
 def _pack(settings: BondSettings, tokenizer: Tokenizer) -> Rows:
     method = settings.method
     if settings.replay:
-        check_replay(settings.replay, tokenizer, method.steps * method.accumulate)
+        check_replay(
+            settings.replay, tokenizer, method.steps * method.accumulate, algorithm="bond",
+            temperature=method.sampling_temperature,
+        )  # fmt: skip
         return NoRows()
     return _prompts(settings, tokenizer)
 
@@ -110,9 +115,21 @@ def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
 
     def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
         with records(
-            settings.run, tokenizer, algorithm="bond", first=start * method.accumulate,
-            replay=settings.replay, wanted=not settings.no_rollouts,
+            settings.run, tokenizer, algorithm="bond", temperature=method.sampling_temperature,
+            first=start * method.accumulate, replay=settings.replay,
+            wanted=not settings.no_rollouts,
         ) as found:  # fmt: skip
+            stops = stop_ids(tokenizer, (), chat=not settings.plain)
+            source = found.source
+            if reward is not None:
+                draw = partial(
+                    bond.experiences, method, policy, anchor, reward=reward,
+                    key=Key(settings.run.seed), stop_ids=stops,
+                )  # fmt: skip
+                source = continued(
+                    found.recalled, lambda due, step: draw(due, start=step), batches,
+                    start=start, accumulate=method.accumulate, writers=2,
+                )  # fmt: skip
             yield from bond.train(
                 method,
                 policy,
@@ -120,11 +137,10 @@ def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
                 batches,
                 optimizer,
                 key=Key(settings.run.seed),
-                stop_ids=stop_ids(tokenizer, (), chat=not settings.plain),
-                reward=reward,
+                stop_ids=stops,
                 beginning=cast("Policy | None", beginning),
                 observe=found.observe,
-                source=found.source,
+                source=source,
                 start=start,
             )
 

@@ -158,8 +158,9 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
             batches = _taught(settings, cast(Backbone, teacher), batches, stops)
         first = start * method.accumulate
         with records(
-            settings.run, tokenizer, algorithm="gkd", first=first, wanted=not settings.no_rollouts
-        ) as found:
+            settings.run, tokenizer, algorithm="gkd", temperature=method.sampling_temperature,
+            first=first, wanted=not settings.no_rollouts,
+        ) as found:  # fmt: skip
 
             def observe(experience: Experience) -> None:
                 show(experience)

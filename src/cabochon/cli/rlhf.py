@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -31,7 +31,7 @@ from cabochon.generation.engine import generate
 from cabochon.losses.policy_gradient import policy_gradient
 from cabochon.models.critic import critic_of
 from cabochon.rewards.ahead import Ahead
-from cabochon.rewards.experience import Experience
+from cabochon.rewards.experience import Experience, continued
 from cabochon.training.anchors import AnchorConfig, anchor_of
 from cabochon.training.optimizers import OptimizerConfig
 
@@ -70,6 +70,11 @@ class RlhfSettings:
                 f"--lag {self.lag}: what older weights wrote is learned from with importance "
                 "ratios; a lag of 1 or more needs --correction truncate, or clip"
             )
+        if self.lag and any(name.startswith("matches:") for name in self.rewards.reward):
+            raise ConfigError(
+                "a regular expression lets no other thread run, so --reward matches:... cannot be "
+                "judged by a writer ahead; leave --lag out, or use python:MODULE.FUNCTION"
+            )
         if self.lag and self.replay:
             raise ConfigError("--lag is for what is written now, --replay for what was")
         if self.method.baseline == "batch" and self.run.batch_size * self.method.samples < 2:
@@ -82,7 +87,10 @@ class RlhfSettings:
 def _pack(settings: RlhfSettings, tokenizer: Tokenizer) -> Rows:
     method = settings.method
     if settings.replay:
-        check_replay(settings.replay, tokenizer, method.steps * method.accumulate)
+        check_replay(
+            settings.replay, tokenizer, method.steps * method.accumulate, algorithm="rlhf",
+            temperature=method.sampling_temperature,
+        )  # fmt: skip
         return NoRows()
     return _prompts(settings, tokenizer)
 
@@ -125,13 +133,17 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
 
     def train(batches: Iterable[TokenBatch], optimizer: Optimizer, start: int) -> Iterator[Step]:
         with records(
-            settings.run, tokenizer, algorithm="rlhf", first=start * method.accumulate,
-            replay=settings.replay, wanted=not settings.no_rollouts,
+            settings.run, tokenizer, algorithm="rlhf", temperature=method.sampling_temperature,
+            first=start * method.accumulate, replay=settings.replay,
+            wanted=not settings.no_rollouts,
         ) as found:  # fmt: skip
             stops = stop_ids(tokenizer, (), chat=not settings.plain)
             source = found.source
             if reward is not None:
-                source = _drawn(settings, model, batches, reward, stops, start, found.recalled)
+                draw = partial(_drawn, settings, model, reward, stops)
+                source = continued(
+                    found.recalled, draw, batches, start=start, accumulate=method.accumulate
+                )
             yield from rlhf.train(
                 method,
                 policy,
@@ -156,20 +168,13 @@ def _train(settings: RlhfSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
 def _drawn(
     settings: RlhfSettings,
     model: nn.Module,
-    batches: Iterable[TokenBatch],
     reward: RewardFn,
     stops: Sequence[int],
-    start: int,
-    recalled: Sequence[Experience],
+    due: Iterable[TokenBatch],
+    step: int,
 ) -> Iterator[Experience]:
-    """What an interrupted run had drawn already, then what the model, or a writer ahead, draws.
-
-    The weights that drew the first may be gone, so it could not be drawn again as it was.
-    """
+    """What the model, or a writer ahead, draws from step `step` on."""
     method = settings.method
-    yield from recalled
-    step, part = divmod(start * method.accumulate + len(recalled), method.accumulate)
-    due = islice(batches, (step - start) * method.accumulate, None)
 
     def experiences(writer: Backbone) -> Iterator[Experience]:
         return rlhf.experiences(
@@ -178,13 +183,13 @@ def _drawn(
         )  # fmt: skip
 
     if not settings.lag:
-        yield from islice(experiences(cast(Backbone, model)), part, None)
+        yield from experiences(cast(Backbone, model))
         return
     with Ahead(
         model, experiences, lag=settings.lag, total=method.steps * method.accumulate,
         start=step * method.accumulate, accumulate=method.accumulate, updates=method.updates,
     ) as source:  # fmt: skip
-        yield from islice(source, part, None)
+        yield from source
 
 
 def _objective(settings: RlhfSettings, _: Policy | None) -> Objective[Policy, TokenBatch]:

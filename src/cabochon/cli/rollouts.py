@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,14 @@ from cabochon.core import Key, TokenBatch
 from cabochon.core.errors import ConfigError, TokenizerMismatch
 from cabochon.data.rlds.layout import read_notes
 from cabochon.data.tokenizer import Tokenizer
-from cabochon.rewards.experience import Experience, Observe, recorded, recorder, replayed
+from cabochon.rewards.experience import (
+    Experience,
+    Observe,
+    Recorder,
+    recorded,
+    recorder,
+    replayed,
+)
 from cabochon.training import parallel
 
 __all__ = ["NoRows", "Records", "check_replay", "records", "records_of"]
@@ -29,8 +36,9 @@ class Records:
     """Records it."""
     source: Iterable[Experience] | None
     """What was recorded, from the first micro-batch that is due on."""
-    recalled: Sequence[Experience] = ()
-    """What an interrupted run had drawn beyond its checkpoint: the first that are due."""
+    recalled: Iterable[Experience] = ()
+    """What an interrupted run had drawn beyond its checkpoint: the first that are due. Nothing of
+    it is read before it is asked for."""
 
 
 class NoRows:
@@ -50,6 +58,7 @@ def records(
     tokenizer: Tokenizer,
     *,
     algorithm: str,
+    temperature: float,
     first: int,
     replay: str = "",
     wanted: bool = True,
@@ -60,6 +69,7 @@ def records(
         run: whose directory it is.
         tokenizer: of the model that writes.
         algorithm: for the notes of the dataset.
+        temperature: that the models write at, for the notes too.
         first: the first micro-batch that is due.
         replay: a run, or its rollouts, to learn from.
         wanted: record what is drawn.
@@ -70,28 +80,40 @@ def records(
         yield Records(observe=None, source=_placed(found, device))
     elif run.out and wanted:
         folder = Path(run.out) / "rollouts"
-        with recorder(folder, tokenizer, notes={"algorithm": algorithm}, rank=rank) as observe:
-            recalled = tuple(_placed(observe.recalled(first), device))
-            yield Records(observe=observe, source=None, recalled=recalled)
+        notes = {"algorithm": algorithm, "sampling_temperature": temperature}
+        with recorder(folder, tokenizer, notes=notes, rank=rank) as observe:
+            yield Records(observe=observe, source=None, recalled=_recalled(observe, first, device))
     else:
         yield Records(observe=None, source=None)
 
 
-def check_replay(replay: str, tokenizer: Tokenizer, micro_batches: int) -> None:
+def check_replay(
+    replay: str, tokenizer: Tokenizer, micro_batches: int, *, algorithm: str, temperature: float
+) -> None:
     """Whether the records of a run are what another one can learn from.
 
     Raises:
         TokenizerMismatch: they are of another tokenizer.
-        ConfigError: there are fewer of them than wanted.
+        ConfigError: there are fewer of them than wanted, or another algorithm or temperature drew
+            them.
         FolderError: there are none.
     """
     folder = records_of(replay)
-    there = recorded(folder)
-    if read_notes(folder).get("tokenizer") != tokenizer.fingerprint():
+    there, notes = recorded(folder), read_notes(folder)
+    if notes.get("tokenizer") != tokenizer.fingerprint():
         raise TokenizerMismatch(
             f"the rollouts in {folder} are of another tokenizer than the model's; replay them with "
             "the model that their run began from"
         )
+    for setting, drawn, given in (
+        ("algorithm", notes.get("algorithm"), algorithm),
+        ("sampling_temperature", notes.get("sampling_temperature"), temperature),
+    ):
+        if drawn != given:
+            raise ConfigError(
+                f"the rollouts in {folder} were drawn with {setting} {drawn}, this run has "
+                f"{given}; replay them with the settings they were drawn with"
+            )
     if there < micro_batches:
         raise ConfigError(
             f"{folder} holds {there} micro-batches, the run would learn from {micro_batches}; "
@@ -103,6 +125,10 @@ def records_of(run: str) -> Path:
     """The rollouts of a run, or the folder itself where it is named."""
     folder = Path(run) / "rollouts"
     return folder if folder.is_dir() else Path(run)
+
+
+def _recalled(observe: Recorder, first: int, device: torch.device) -> Iterator[Experience]:
+    yield from _placed(observe.recalled(first), device)
 
 
 def _placed(found: Iterable[Experience], device: torch.device) -> Iterator[Experience]:

@@ -41,6 +41,10 @@ __all__ = [
 ]
 
 
+_LARGEST = 40.0
+"""Nats of a log-ratio beyond which ratios are not told apart: their squares are still numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Correction:
     """How samples of another policy than the one that learns are taken."""
@@ -90,7 +94,7 @@ def logprobs(prediction: Prediction, batch: TokenBatch) -> Tensor:
 def off_policy_gradient(
     prediction: Prediction, batch: TokenBatch, gain: Tensor, drawn: Tensor, correction: Correction
 ) -> Loss:
-    """`policy_gradient` for targets that another policy drew.
+    """`policy_gradient` for targets that another policy drew; ratios above e^40 are taken as that.
 
     none      `policy_gradient` itself;
     truncate  the sum of -min(ratio, most) gain log p, the ratio a constant;
@@ -112,7 +116,7 @@ def off_policy_gradient(
     log_ratio = (logprobs(prediction, batch) - drawn) * mask
     if by_row:
         log_ratio = log_ratio.sum(1, keepdim=True)
-    ratio = log_ratio.exp().expand_as(gain)
+    ratio = log_ratio.clamp(max=_LARGEST).exp().expand_as(gain)
     if correction.kind == "truncate":
         factor = ratio.clamp(max=correction.most)
         loss = policy_gradient(prediction, batch, factor * gain * mask)
@@ -184,8 +188,9 @@ def leave_one_out(values: Tensor) -> Tensor:
     count = values.shape[-1]
     if count == 0:
         raise ConfigError("a baseline needs at least one value")
-    others = (values.sum(-1, keepdim=True) - values) / max(1, count - 1)
-    return torch.where(_equal(values), 0.0, values - others)
+    exact = values.double()  # in float32 a mean of large values loses what they differ by
+    others = (exact.sum(-1, keepdim=True) - exact) / max(1, count - 1)
+    return torch.where(_equal(values), 0.0, exact - others).float()
 
 
 def standardised(values: Tensor, epsilon: float = 1e-4) -> Tensor:
@@ -200,9 +205,9 @@ def standardised(values: Tensor, epsilon: float = 1e-4) -> Tensor:
     """
     if values.shape[-1] == 1:
         return torch.zeros_like(values)
-    spread = values.std(-1, keepdim=True)
-    above = (values - values.mean(-1, keepdim=True)) / (spread + epsilon)
-    return torch.where(_equal(values), 0.0, above)
+    exact = values.double()
+    above = (exact - exact.mean(-1, keepdim=True)) / (exact.std(-1, keepdim=True) + epsilon)
+    return torch.where(_equal(values), 0.0, above).float()
 
 
 def _equal(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ from cabochon.models.gemma.decoder import Gemma
 from cabochon.pipelines.recipe import Phase
 from cabochon.pipelines.stages import Event, Observe, Stage, trained
 from cabochon.pipelines.timing import timed
-from cabochon.rewards.experience import Observe as Witness
-from cabochon.rewards.experience import recorder
+from cabochon.rewards.experience import Experience, Recorder, continued, recorder
 from cabochon.training.anchors import Anchor, anchor_of
 from cabochon.training.optimizers import OptimizerConfig, adamw
 from cabochon.training.run_directory import Run
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 Model = Gemma | ForeignModel
-Updates = Callable[[Iterable[TokenBatch], Optimizer, int, Witness | None], Iterator[Step]]
+Updates = Callable[[Iterable[TokenBatch], Optimizer, int, Recorder | None], Iterator[Step]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,19 @@ def reinforced(
     anchor = anchor_of(policy, method.anchor_config)
 
     def updates(
-        batches: Iterable[TokenBatch], optimizer: Optimizer, begin: int, witness: Witness | None
+        batches: Iterable[TokenBatch], optimizer: Optimizer, begin: int, witness: Recorder | None
     ) -> Iterator[Step]:
+        draw = partial(
+            rlhf.experiences, method, policy, reward=bench.reward, key=key.fold("draws"),
+            stop_ids=bench.stop_ids,
+        )  # fmt: skip
+        source = continued(
+            _recalled(bench, witness, begin * method.accumulate),
+            lambda due, step: draw(due, start=step),
+            batches,
+            start=begin,
+            accumulate=method.accumulate,
+        )
         return rlhf.train(
             method,
             policy,
@@ -106,7 +117,7 @@ def reinforced(
             optimizer,
             key=key.fold("draws"),
             stop_ids=bench.stop_ids,
-            reward=bench.reward,
+            source=source,
             observe=witness,
             start=begin,
         )
@@ -124,8 +135,20 @@ def best_of_n(
     anchor = anchor_of(policy, method.anchor_config)
 
     def updates(
-        batches: Iterable[TokenBatch], optimizer: Optimizer, begin: int, witness: Witness | None
+        batches: Iterable[TokenBatch], optimizer: Optimizer, begin: int, witness: Recorder | None
     ) -> Iterator[Step]:
+        draw = partial(
+            bond.experiences, method, policy, anchor, reward=bench.reward, key=key.fold("draws"),
+            stop_ids=bench.stop_ids,
+        )  # fmt: skip
+        source = continued(
+            _recalled(bench, witness, begin * method.accumulate),
+            lambda due, step: draw(due, start=step),
+            batches,
+            start=begin,
+            accumulate=method.accumulate,
+            writers=2,
+        )
         return bond.train(
             method,
             policy,
@@ -134,7 +157,7 @@ def best_of_n(
             optimizer,
             key=key.fold("draws"),
             stop_ids=bench.stop_ids,
-            reward=bench.reward,
+            source=source,
             observe=witness,
             start=begin,
         )
@@ -209,6 +232,11 @@ def refuse_other_starts(start: Path, members: Sequence[Path]) -> None:
             )
 
 
+def _recalled(bench: Bench, witness: Recorder | None, first: int) -> Iterator[Experience]:
+    if witness is not None:
+        yield from (each.to(bench.device) for each in witness.recalled(first))
+
+
 def _learned(
     bench: Bench,
     name: str,
@@ -227,12 +255,13 @@ def _learned(
     settings = {"stage": name, **method, **asdict(phase), "sequences_per_step": sequences}
 
     def updates(begin: int) -> Iterator[Step]:
-        batches = rows.batches(key.fold("prompts"), phase.rows, begin)
+        batches = rows.batches(key.fold("prompts"), phase.rows, begin * int(method["accumulate"]))
         on_device = (batch.to(bench.device) for batch in batches)
         # Episodes need a library that the trainings do not.
         kept = importlib.util.find_spec("google_crc32c") is not None
         place = bench.folder / name / "rollouts"
-        with recorder(place, bench.tokenizer) if kept else nullcontext() as witness:
+        notes = {"sampling_temperature": method["sampling_temperature"]}
+        with recorder(place, bench.tokenizer, notes=notes) if kept else nullcontext() as witness:
             yield from train(on_device, optimizer, begin, witness)
 
     stage = Stage(

@@ -133,7 +133,7 @@ def number_in(text: str, *, last: bool = False) -> Fraction | None:
     if "-" in before or "\u2212" in before:
         value = -value
     below = int((chosen["below"] or "1")[:LONGEST_NUMBER])
-    return value / below if below else value
+    return value / below if below else None
 
 
 def code_of(text: str) -> str:

@@ -2,7 +2,8 @@
 
 In the main thread a timer interrupts the call, whatever it computes (a regular expression that
 backtracks for ever included). Elsewhere, and where the system has no such timer, the call is left
-behind in a thread of its own, which ends with the process.
+behind in a thread of its own, which ends with the process. That needs a call which lets others run
+meanwhile; a regular expression does not, and must be judged in the main thread.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ __all__ = ["Overdue", "within"]
 T = TypeVar("T")
 
 
-class Overdue(Exception):
-    """The call did not return in time."""
+class Overdue(BaseException):
+    """The call did not return in time.
+
+    No `Exception`: a reward that answers 0 to whatever goes wrong would make it an answer.
+    """
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from cabochon.core import Backbone, Completion, Group, Key, RewardFn
+from cabochon.core import Backbone, Completion, Group, Key, RewardFn, TokenBatch
 from cabochon.core.errors import DataError
 from cabochon.data.rlds.layout import is_dataset
 from cabochon.data.rlds.reader import Episodes
@@ -39,6 +39,7 @@ __all__ = [
     "Experience",
     "Observe",
     "Recorder",
+    "continued",
     "draw",
     "gains",
     "recorded",
@@ -209,11 +210,14 @@ class Recorder:
         """What a killed process recorded from micro-batch `first` on, whole ones in a row.
 
         A run that goes on from a checkpoint learns from these instead of drawing them again, which
-        costs less and, where sums differ from run to run, could not give the same.
+        costs less and, where sums differ from run to run, could not give the same. They end where
+        a micro-batch is missing: one in which nobody drew anything, or that was not written whole.
         """
         if self._writer is None and is_dataset(self.folder):
             self._writer = self._open(first)
-        return replayed(self.folder, first, split=self.split) if self._writer else iter(())
+        if self._writer is None:
+            return iter(())
+        return _unbroken(self.folder, first, self.split, refuse_gaps=False)
 
     def close(self) -> None:
         """Closes the last shard. Closing twice does nothing."""
@@ -307,15 +311,52 @@ def replayed(
         FolderError: there are no records.
         DataError: the records are damaged, or some are missing between two micro-batches.
     """
+    found = _unbroken(folder, start, split or _split(rank), refuse_gaps=True)
+    return (each for each in found if writer is None or each.writer == writer)
+
+
+def continued(
+    recalled: Iterable[Experience],
+    draw: Callable[[Iterable[TokenBatch], int], Iterator[Experience]],
+    batches: Iterable[TokenBatch],
+    *,
+    start: int,
+    accumulate: int,
+    writers: int = 1,
+) -> Iterator[Experience]:
+    """What an interrupted run had drawn beyond its checkpoint, then what is drawn now.
+
+    The weights that drew the first may be gone, so it could not be drawn again as it was.
+
+    Args:
+        recalled: as `Recorder.recalled` gives it from the first micro-batch of step `start` on.
+        draw: micro-batches from the first of a step on, and that step -> experiences.
+        batches: micro-batches from the first of step `start` on.
+        start: how many steps were already made.
+        accumulate: micro-batches of a step.
+        writers: how many experiences there are of each micro-batch, one behind the other; of an
+            incomplete last micro-batch all are drawn again.
+    """
+    count, held = 0, list[Experience]()
+    for each in recalled:
+        held.append(each)
+        if len(held) == writers:
+            yield from held
+            count, held = count + 1, []
+    step, part = divmod(start * accumulate + count, accumulate)
+    due = islice(batches, (step - start) * accumulate, None)
+    yield from islice(draw(due, step), part * writers, None)
+
+
+def _unbroken(folder: Path, start: int, split: str, *, refuse_gaps: bool) -> Iterator[Experience]:
+    """The experiences from micro-batch `start` on, whole ones in a row."""
     expected = start
-    rollouts = (
-        each
-        for each in _from(Episodes(folder, split or _split(rank)), start)
-        if writer is None or each.writer == writer
-    )
+    rollouts = _from(Episodes(folder, split), start)
     for (number, who), found in groupby(rollouts, lambda each: (each.batch, each.writer)):
         group = list(found)
         if number > expected:
+            if not refuse_gaps:
+                return
             raise DataError(
                 f"{folder} has no record of micro-batch {expected}, but of {number}; it cannot be "
                 "replayed from there on"

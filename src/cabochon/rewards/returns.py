@@ -10,13 +10,21 @@ import torch
 from torch import Tensor
 
 from cabochon.core import Policy
-from cabochon.core.errors import Diverged
+from cabochon.core.errors import DataError, Diverged
 from cabochon.data.continuations import Sequences, written_in
 from cabochon.losses.policy_gradient import future_sums, kl_estimates, logprobs
 from cabochon.losses.tempering import tempered
-from cabochon.rewards.experience import Baseline, Experience, gains
+from cabochon.rewards.experience import Baseline, Experience, Observe, gains
 
-__all__ = ["Completions", "Learned", "Returns", "completions_of", "kl_report", "reused"]
+__all__ = [
+    "Completions",
+    "Learned",
+    "Returns",
+    "completions_of",
+    "due",
+    "kl_report",
+    "reused",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,34 @@ class Returns:
             return (reward.unsqueeze(1) - cost - future_sums(cost)) * mask
         above = gains((reward - cost.sum(1)).view(completions.shape), self.baseline)
         return above.view(-1, 1) * mask
+
+
+def due(
+    source: Iterable[Experience], first: int, samples: int, observe: Observe | None = None
+) -> Iterator[Experience]:
+    """The experiences of a source, each of which must be the one that is due.
+
+    Args:
+        source: what the policy wrote, micro-batch after micro-batch.
+        first: the micro-batch that the first is of.
+        samples: G.
+        observe: shown each before it is handed on.
+
+    Raises:
+        DataError: one is of another micro-batch or writer, was not judged, or has other groups.
+    """
+    for number, each in enumerate(source, first):
+        sizes = {len(group.completions) for group in each.groups}
+        if (each.writer, each.judged, each.number, sizes) != ("policy", True, number, {samples}):
+            raise DataError(
+                f"expected judged experience {number} of the policy, {samples} samples of each "
+                f"prompt; got experience {each.number} of the {each.writer}, "
+                f"{'' if each.judged else 'not '}judged, {sorted(sizes)} samples; replay what was "
+                "recorded with the same settings, from its beginning"
+            )
+        if observe is not None:
+            observe(each)
+        yield each
 
 
 def completions_of(experience: Experience) -> Completions:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cabochon.core import Completion, Group, RewardFn
 from cabochon.core.errors import CabochonError, DataError, NonFinite
+from cabochon.rewards.deadlines import Overdue
 
 __all__ = ["Parted", "Scores", "named", "scores"]
 
@@ -96,7 +97,10 @@ def _ask(reward: RewardFn, groups: Sequence[Group], called: str) -> Scores:
         return _given(reward, groups)
     except CabochonError:
         raise  # it names its sample already
-    except Exception as error:  # somebody's code: whatever it raises is named and passed on
+    except (
+        Exception,
+        Overdue,
+    ) as error:  # somebody's code: it is named
         raise DataError(
             f"{called} failed at {_culprit(reward, groups)}: {type(error).__name__}: {error}"
         ) from error
@@ -122,7 +126,7 @@ def _fails(reward: RewardFn, group: Group) -> bool:
     """Whether the reward raises an error, or gives another shape than 1 G."""
     try:
         total = _given(reward, [group]).total
-    except Exception:  # the error that led here, or its like
+    except (Exception, Overdue):  # the error that led here, or its like
         return True
     return not isinstance(total, Tensor) or tuple(total.shape) != (1, len(group.completions))
 
