@@ -132,6 +132,9 @@ def test_what_a_taker_took_with_it_into_death_comes_back() -> None:
         while not queue._getting:
             time.sleep(0.01)
         os.kill(number, signal.SIGSTOP)
+        stat = Path(f"/proc/{number}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":  # it may run for a moment
+            time.sleep(0.001)
         queue.put("precious")
         assert queue.counts.taken == 1
         os.kill(number, signal.SIGKILL)
