@@ -450,6 +450,8 @@ def test_what_no_run_can_be() -> None:
         ({"sampling_temperature": 0.0}, "greedily"),
         ({"kl_weight": -1.0}, "kl_weight must be finite"),
         ({"max_kl": 0.0}, "max_kl"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"critic": "network"}, "a critic needs baseline value"),
         ({"limit_reward": float("nan")}, "limit_reward must be a finite number"),
         ({"anchor_rate": 2.0}, r"rate must lie in \[0, 1\]"),
         ({"max_ratio": 0.5}, "truncated at 1 or more"),
