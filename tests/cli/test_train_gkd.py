@@ -168,10 +168,10 @@ def test_resuming_from_an_earlier_checkpoint_writes_the_same_samples(
 
 
 def test_a_student_that_writes_by_a_coin_resumes_where_it_wrote_nothing(
-    folder: Path, tmp_path: Path
+    workshop: Workshop, folder: Path, tmp_path: Path
 ) -> None:
     """Of micro-batches that it did not write there is no record; this one's coin says so often."""
-    more: dict[str, object] = {"preset": "imit_kd", "seed": 1}
+    more: dict[str, object] = {"preset": "imit_kd", "seed": 1, "data": workshop.chats}
     assert train(folder, tmp_path / "whole", **more).code == 0
     assert train(folder, tmp_path / "run", keep=4, **more).code == 0
     done = call("resume", tmp_path / "run", "--step", 2)
