@@ -14,12 +14,12 @@ from cabochon import folders
 from cabochon.cli.configuration import FLAT, parse
 from cabochon.cli.machine import DTYPES, device_of, model_folder, tokenizer_of, use_threads
 from cabochon.cli.output import answer, say
-from cabochon.cli.pairs import PairSettings, encoded_pairs
+from cabochon.cli.pairs import PairSettings
 from cabochon.cli.prompts import prompts_of_source
 from cabochon.cli.rewards import RewardSettings, load_reward
 from cabochon.core import Completion, Group
 from cabochon.core.errors import ConfigError, DataError
-from cabochon.data.preferences import Pairs
+from cabochon.data.preferences import Pairs, encoded_pairs
 from cabochon.data.prompts import Prompt
 from cabochon.evaluation.intervals import mean_interval
 from cabochon.evaluation.pairs import pair_accuracy
@@ -94,7 +94,9 @@ def preferences(argv: Sequence[str]) -> int:
         device=device_of(settings.device),
     )
     unusable: list[str] = []
-    read = list(encoded_pairs(settings.file, settings.pairs, tokenizer, unusable))
+    how = settings.pairs
+    noting = unusable if how.unusable == "drop" else None
+    read = list(encoded_pairs(settings.file, tokenizer, plain=how.plain, unusable=noting))
     kept = [pair for pair in read if pair.longest <= model.context]
     if len(kept) < len(read) and settings.too_long == "refuse":
         long = next(pair for pair in read if pair.longest > model.context)

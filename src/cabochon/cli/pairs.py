@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +11,10 @@ from cabochon.cli.output import say
 from cabochon.cli.rows import is_packed, refuse_repeated
 from cabochon.cli.settings import RunSettings
 from cabochon.core.errors import CabochonError, ConfigError, DataError
-from cabochon.data.preferences import Pairs, PairTokens, encode_pair, read_pairs
+from cabochon.data.preferences import Pairs, PairTokens, encoded_pairs
 from cabochon.data.tokenizer import Tokenizer
 
-__all__ = ["PairSettings", "encoded_pairs", "examine_pairs", "pair_rows"]
+__all__ = ["PairSettings", "examine_pairs", "pair_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,8 @@ def pair_rows(run: RunSettings, pairs: PairSettings, tokenizer: Tokenizer) -> Pa
     unusable: list[str] = []
     long = 0
     for name in run.data:
-        for pair in encoded_pairs(name, pairs, tokenizer, unusable):
+        noting = unusable if pairs.unusable == "drop" else None
+        for pair in encoded_pairs(name, tokenizer, plain=pairs.plain, unusable=noting):
             if pair.longest <= run.context:
                 kept.append(pair)
             elif run.too_long == "drop":
@@ -68,33 +68,14 @@ def pair_rows(run: RunSettings, pairs: PairSettings, tokenizer: Tokenizer) -> Pa
     return Pairs(kept)
 
 
-def encoded_pairs(
-    name: str, pairs: PairSettings, tokenizer: Tokenizer, unusable: list[str]
-) -> Iterator[PairTokens]:
-    """The pairs of a file as tokens; what cannot be used is refused, or noted in `unusable`.
-
-    Raises:
-        DataError: a row is no pair and is to be refused; file and line are named.
-    """
-    drop = pairs.unusable == "drop"
-    for pair in read_pairs(name, unusable=unusable if drop else None):
-        try:
-            yield encode_pair(tokenizer, pair, plain=pairs.plain)
-        except DataError as error:
-            if not drop:
-                raise
-            unusable.append(str(error))
-
-
 def examine_pairs(
     run: RunSettings, pairs: PairSettings, tokenizer: Tokenizer, name: str
 ) -> tuple[list[Check], list[Drawn]]:
     """What the doctor finds in the pairs of a name, and the first of them to be drawn."""
     title = f"pairs of {name}"
     unusable: list[str] = []
-    noting = PairSettings(plain=pairs.plain, unusable="drop")
     try:
-        found = list(encoded_pairs(name, noting, tokenizer, unusable))
+        found = list(encoded_pairs(name, tokenizer, plain=pairs.plain, unusable=unusable))
     except CabochonError as error:
         return [Check(name=title, well=False, text=str(error))], []
     if not found:

@@ -36,6 +36,7 @@ __all__ = [
     "PairTokens",
     "Pairs",
     "encode_pair",
+    "encoded_pairs",
     "pair_of",
     "read_pairs",
     "with_flipped",
@@ -198,6 +199,29 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, *, plain: bool = False) -> Pai
     if answers[0] == answers[1]:
         raise DataError(f"{pair.source}: both answers become the same tokens")
     return PairTokens(prompt=prompt, chosen=answers[0], rejected=answers[1], source=pair.source)
+
+
+def encoded_pairs(
+    path: str, tokenizer: Tokenizer, *, plain: bool = False, unusable: list[str] | None = None
+) -> Iterator[PairTokens]:
+    """The pairs of a file as tokens.
+
+    Args:
+        path: as `read_pairs`.
+        tokenizer: as `encode_pair`.
+        plain: as `encode_pair`.
+        unusable: takes what is wrong with rows that are no pairs, which are then left out.
+
+    Raises:
+        DataError: a row is no pair, and there is no list to note it in; file and line are named.
+    """
+    for pair in read_pairs(path, unusable=unusable):
+        try:
+            yield encode_pair(tokenizer, pair, plain=plain)
+        except DataError as error:
+            if unusable is None:
+                raise
+            unusable.append(str(error))
 
 
 def with_flipped(pairs: Sequence[PairTokens], fraction: float, key: Key) -> list[PairTokens]:

@@ -27,7 +27,7 @@ from cabochon import folders
 from cabochon.algorithms import reward_model
 from cabochon.core import Key, Step
 from cabochon.core.errors import ConfigError, DataError, WeightsMismatch
-from cabochon.data.preferences import Pairs, PairTokens, encode_pair, read_pairs, with_flipped
+from cabochon.data.preferences import Pairs, PairTokens, encoded_pairs, with_flipped
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.evaluation.report import render
 from cabochon.models.foreign import ForeignModel
@@ -358,10 +358,7 @@ def _sets(
 def _encoded(path: str, config: Config, tokenizer: Tokenizer, observe: Observe) -> list[PairTokens]:
     unusable: list[str] = []
     noting = unusable if config.unusable == "drop" else None
-    found = [
-        encode_pair(tokenizer, pair, plain=config.plain)
-        for pair in read_pairs(path, unusable=noting)
-    ]
+    found = list(encoded_pairs(path, tokenizer, plain=config.plain, unusable=noting))
     kept = [pair for pair in found if pair.longest <= config.context]
     if len(kept) < len(found) and config.too_long == "refuse":
         long = next(pair for pair in found if pair.longest > config.context)
