@@ -1,5 +1,5 @@
 # Each target is sufficient on a fresh machine: it makes the virtual environment it needs.
-#   make demo     build a small language-model family from the Python standard library (about 5 min)
+#   make demo     build a small language-model family from the Python standard library (about 8 min)
 #   make test     the tests
 #   make claims   the papers' claims, each a small experiment
 #   make check    formatting, lint, types, floors
