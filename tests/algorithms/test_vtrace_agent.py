@@ -192,5 +192,8 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(ConfigError, match=next(iter(wrong)).rpartition("_")[2]):
             vtrace_agent.Config(**wrong)
     _, model, collector, optimizer = cartpole()
+    with pytest.raises(ConfigError, match="older than max_lag 1"):
+        vtrace_agent.Config(lag=2, max_lag=1)
+    vtrace_agent.Config(lag=1, max_lag=1, accumulate=2)  # both are updates
     with pytest.raises(ConfigError, match="the collector cuts"):
         next(vtrace_agent.train(vtrace_agent.Config(), model, collector, optimizer))

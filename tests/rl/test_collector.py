@@ -117,5 +117,3 @@ def test_what_ends_the_acting_ends_the_learning_too(runtime):
 def test_settings_that_contradict_are_refused():
     with pytest.raises(ConfigError, match="--max-lag"):
         collector("threads", lag=2)
-    with pytest.raises(ConfigError, match="above 1"):
-        collector(lag=2, max_lag=1)

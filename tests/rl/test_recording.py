@@ -63,3 +63,28 @@ def test_what_is_played_again_after_a_kill_is_not_recorded_again(tmp_path):
     after = recorded(tmp_path / "a")
     assert before.items() < after.items()
     assert len(Episodes(tmp_path / "a")) == len(after)
+
+
+def test_other_episodes_of_the_same_names_are_recorded_beside_the_first(tmp_path):
+    """Without `inline` a run that goes on twice from one checkpoint plays otherwise each time."""
+    from cabochon.rl.environment import Arrival
+
+    def episode(recorder, length):
+        for step in range(length + 1):
+            last = step == length
+            rest = {"ended": np.array([0]), "final_observation": np.array([[9.0]])} if last else {}
+            recorder(
+                Arrival(
+                    ids=np.array([0]), run=np.array([7]), episode=np.array([3]),
+                    observation=np.array([[float(step)]]), reward=np.array([float(step)]),
+                    first=np.array([step in (0, length)]), terminated=np.array([last]),
+                    truncated=np.array([False]), **rest,
+                ),
+                np.array([1]),
+            )  # fmt: skip
+
+    for length in (2, 3, 2):
+        with AgentRecorder(tmp_path, SPEC) as recorder:
+            episode(recorder, length)
+    assert sorted(len(each) for each in recorded(tmp_path).values()) == [3, 4]
+    assert set(recorded(tmp_path)) == {"0-7-3", "0-7-3-again_1"}

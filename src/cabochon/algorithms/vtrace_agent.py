@@ -100,6 +100,8 @@ class Config:
             (self.max_abs_reward is not None and not self.max_abs_reward > 0.0,
              f"max_abs_reward must be above 0, or absent, got {self.max_abs_reward}"),
             (self.lag < 0 or (self.max_lag or 0) < 0, "lag and max_lag must not be negative"),
+            (self.max_lag is not None and self.lag > self.max_lag,
+             f"unrolls of lag {self.lag} are all older than max_lag {self.max_lag}"),
             (not self.max_grad_norm > 0.0, "max_grad_norm must be above 0"),
         ):  # fmt: skip
             if wrong:

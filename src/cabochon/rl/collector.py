@@ -51,7 +51,7 @@ class Cutting:
     batch: int = 16
     """Unrolls that are taken at once; as many wait in the queue."""
     lag: int = 0
-    """`inline` alone: unrolls wait for so many updates before they are learned from."""
+    """`inline` alone: unrolls wait for so many takes before they are learned from."""
     max_lag: int | None = None
     """Unrolls whose first step is more updates older than that are dropped."""
 
@@ -90,11 +90,9 @@ class Collector:
         """
         if cutting.lag and runtime != "inline":
             raise ConfigError(
-                f"a lag of exactly {cutting.lag} updates is kept with --runtime inline alone; "
+                f"a lag of exactly {cutting.lag} takes is kept with --runtime inline alone; "
                 "elsewhere bound it with --max-lag"
             )
-        if cutting.max_lag is not None and cutting.lag > cutting.max_lag:
-            raise ConfigError(f"unrolls of lag {cutting.lag} are all above {cutting.max_lag}")
         self.learner, self.spec, self.choose, self.key = network, spec, choose, key
         self.acting, self.cutting, self.observe = acting, cutting, observe
         self.notice = notice

@@ -2,11 +2,14 @@
 
 The server shows what arrives and what was chosen (`Server`'s `observe`); an episode is written when
 it ends. One whose beginning was not seen (the run went on from a checkpoint in the middle of it) or
-whose actor died is not written; what is recorded already is not recorded again.
+whose actor died is not written; what is recorded already is not recorded again. Where a run that
+goes on plays other episodes than before, as without `inline`, they get names of their own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +48,14 @@ class AgentRecorder:
         self.spec = spec
         there = is_dataset(folder)
         self.writer = EpisodeWriter(folder, append=there)
-        self.recorded: set[str] = set()
+        self.recorded: dict[str, str] = {}
         if there:
-            self.recorded = {_text(each.metadata["episode_id"]) for each in Episodes(folder)}
+            self.recorded = {
+                _text(each.metadata["episode_id"]): _digest(
+                    each.steps["action"][:-1], each.steps["reward"][:-1]
+                )
+                for each in Episodes(folder)
+            }
         self.under: dict[int, _Under] = {}
 
     def __call__(self, arrival: Arrival, actions: Array) -> None:
@@ -79,19 +87,28 @@ class AgentRecorder:
         self.writer.close()
 
     def _write(self, number: int, own: _Under, *, terminated: bool) -> None:
-        name = f"{number}-{own.run}-{own.number}"
+        actions, rewards = np.array(own.actions, np.int64), np.array(own.rewards, np.float32)
+        plain, said = f"{number}-{own.run}-{own.number}", _digest(actions, rewards)
+        names = (f"{plain}-again_{count}" if count else plain for count in itertools.count())
+        name = next(each for each in names if self.recorded.get(each, said) == said)
         if name in self.recorded:
             return
-        self.recorded.add(name)
+        self.recorded[name] = said
         self.writer.write(
             episode_of(
                 observations=np.stack(own.observations),
-                actions=np.array(own.actions, np.int64),
-                rewards=np.array(own.rewards, np.float32),
+                actions=actions,
+                rewards=rewards,
                 terminated=terminated,
                 metadata={"episode_id": name, "environment_config": self.spec.name},
             )
         )
+
+
+def _digest(actions: Array, rewards: Array) -> str:
+    """Tells episodes of one name apart."""
+    read = actions.astype(np.int64).tobytes() + rewards.astype(np.float32).tobytes()
+    return hashlib.blake2b(read, digest_size=8).hexdigest()
 
 
 def _text(value: Any) -> str:
