@@ -12,6 +12,7 @@ from workshop import SMALL, Done, Workshop, call, write_jsonl
 
 from cabochon import folders
 from cabochon.models.reward_head import is_reward_model
+from cabochon.rewards.experience import replayed
 from cabochon.training import checkpoint
 
 
@@ -81,6 +82,15 @@ def test_a_new_reward_model_is_judged_with_an_interval_and_is_a_reward(
     done = call("generate", run, "--prompt", "2+2")
     assert done.code == 1
     assert "judges texts and writes none" in done.err
+    done = call(
+        "train", "rlhf", "--model", workshop.run, "--data", file, "--reward", run, "--steps", 2,
+        "--max-new-tokens", 4, "--context", 48, "--batch-size", 2, "--threads", 1,
+        "--out", tmp_path / "learned",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert f"reward_{run}" in (tmp_path / "learned" / "metrics.jsonl").read_text()
+    (first, *_) = replayed(tmp_path / "learned" / "rollouts", 0)
+    assert set(first.scores.parts) == {str(run)}
 
 
 @pytest.mark.parametrize(

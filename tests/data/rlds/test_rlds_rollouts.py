@@ -44,7 +44,7 @@ def rollout(number: int, *, samples: int = 3, scored: bool = True) -> Rollout:
         group=Group(prompt=torch.arange(number % 4), completions=completions),
         versions=tuple(torch.randint(0, 9, (length,), generator=draw) for length in lengths),
         rewards=numbers(samples) if scored else None,
-        parts={"length": numbers(samples), "judge": numbers(samples).double() / 3},
+        parts={"length": numbers(samples), "http://h/%2F 50%": numbers(samples).double() / 3},
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -187,7 +188,9 @@ def _episode(rollout: Rollout, sample: int) -> Episode:
             "sample": np.int64(sample),
             "samples": np.int64(len(rollout.group.completions)),
             "scored": np.bool_(rollout.rewards is not None),
-            "reward_parts": {name: _numpy(part)[sample] for name, part in rollout.parts.items()},
+            "reward_parts": {
+                _field(name): _numpy(part)[sample] for name, part in rollout.parts.items()
+            },
         },
     )
 
@@ -195,7 +198,7 @@ def _episode(rollout: Rollout, sample: int) -> Episode:
 def _rollout(episodes: Sequence[Episode]) -> Rollout:
     first = episodes[0].metadata
     rewards = np.array([each.steps["reward"][-2] for each in episodes], np.float32)
-    parts = first.get("reward_parts", {})
+    fields = first.get("reward_parts", {})
     return Rollout(
         number=int(first["group"]),
         group=Group(
@@ -205,16 +208,21 @@ def _rollout(episodes: Sequence[Episode]) -> Rollout:
         versions=tuple(_tensor(each, "weights_version") for each in episodes),
         rewards=torch.from_numpy(rewards) if bool(first["scored"]) else None,
         parts={
-            name: torch.from_numpy(
+            unquote(name): torch.from_numpy(
                 np.array([each.metadata["reward_parts"][name] for each in episodes])
             )
-            for name in parts
+            for name in fields
         },
         batch=int(first.get("batch", 0)),
         place=int(first.get("place", 0)),
         places=int(first.get("places", 1)),
         writer=_text(first.get("writer", "policy")),
     )
+
+
+def _field(part: str) -> str:
+    """A part of a reward may be called by a path or an address; a field's name has no `/`."""
+    return part.replace("%", "%25").replace("/", "%2F")
 
 
 def _completion(episode: Episode) -> Completion:
