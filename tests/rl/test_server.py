@@ -105,7 +105,7 @@ def test_a_killed_actor_is_replaced_and_stops_nobody():
             turns(server, lambda: server.counts.steps % 50 >= 4)
         turns(server, lambda: server.counts.steps >= 1500)
     assert server.counts.replaced == len(told) >= 3
-    assert "actor-0 died: was told to" in told[0]
+    assert any("actor-0 died: was told to" in each for each in told)
     assert min(witness.answered.values()) > 20
 
 
