@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,21 +13,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cabochon.algorithms import bond
-from cabochon.cli.checks import Check
 from cabochon.cli.configuration import FLAT
-from cabochon.cli.drawing import Drawn
 from cabochon.cli.generate import stop_ids
-from cabochon.cli.prompts import examine, prompt_rows
 from cabochon.cli.recipe import Recipe, Training
-from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
-from cabochon.cli.rollouts import NoRows, check_replay, records
-from cabochon.cli.rows import Rows
+from cabochon.cli.rewarded import examine_prompts, pack, reward_folders, reward_of
+from cabochon.cli.rewards import RewardSettings
+from cabochon.cli.rollouts import records
 from cabochon.cli.settings import RunSettings
-from cabochon.core import Backbone, Group, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
+from cabochon.core import Backbone, Key, Loss, Objective, Policy, Step, TokenBatch
 from cabochon.core.errors import ConfigError
-from cabochon.data.prompts import Prompt, PromptRows
 from cabochon.data.tokenizer import Tokenizer
-from cabochon.generation.engine import generate
 from cabochon.losses.policy_gradient import policy_gradient
 from cabochon.rewards.experience import continued
 from cabochon.training.anchors import AnchorConfig, anchor_of
@@ -67,46 +62,9 @@ class BondSettings:
             )
 
 
-def _pack(settings: BondSettings, tokenizer: Tokenizer) -> Rows:
-    method = settings.method
-    if settings.replay:
-        check_replay(
-            settings.replay, tokenizer, method.steps * method.accumulate, algorithm="bond",
-            temperature=method.sampling_temperature,
-        )  # fmt: skip
-        return NoRows()
-    return _prompts(settings, tokenizer)
-
-
-def _prompts(settings: BondSettings, tokenizer: Tokenizer) -> PromptRows:
-    return prompt_rows(
-        settings.run,
-        tokenizer,
-        plain=settings.plain,
-        room=settings.method.max_new_tokens,
-        answered=False,
-    )
-
-
-def _reward(settings: BondSettings, policy: Backbone, tokenizer: Tokenizer) -> RewardFn:
-    run, method = settings.run, settings.method
-    prompts: Sequence[Prompt] = _prompts(settings, tokenizer).prompts
-
-    def reference(count: int) -> Sequence[Group]:
-        """What the policy writes before it learns, for the scales of rewards."""
-        chosen = [torch.tensor(each.ids, device=run.device) for each in prompts[:count]]
-        how = method.settings(stop_ids(tokenizer, (), chat=not settings.plain))
-        return generate(policy, chosen, how, Key(run.seed).fold("scales"), 2)
-
-    return load_reward(
-        settings.rewards, tokenizer, prompts=prompts, data=run.data, device=run.device,
-        draw=reference,
-    )  # fmt: skip
-
-
 def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Training:
     method, policy = settings.method, cast(Backbone, model)
-    reward = None if settings.replay else _reward(settings, policy, tokenizer)
+    reward = reward_of(settings, policy, tokenizer)
     anchor = anchor_of(model, method.anchor_config)
     beginning = None
     if not settings.no_start_kl:
@@ -159,34 +117,16 @@ def _objective(settings: BondSettings, _: Policy | None) -> Objective[Policy, To
     return loss
 
 
-def _examine(
-    settings: BondSettings, tokenizer: Tokenizer, name: str
-) -> tuple[list[Check], list[Drawn]]:
-    return examine(
-        name,
-        settings.run,
-        tokenizer,
-        plain=settings.plain,
-        room=settings.method.max_new_tokens,
-        answered=False,
-        stop_ids=stop_ids(tokenizer, (), chat=not settings.plain),
-    )
-
-
-def _folders(settings: BondSettings) -> dict[str, str]:
-    return reward_sources(settings.rewards)
-
-
 RECIPE = Recipe(
     name="bond",
     purpose="learn to write what the best of several samples would be (BOND, J-BOND)",
     settings=BondSettings,
     chat=True,
-    pack=_pack,
+    pack=partial(pack, algorithm="bond"),
     train=_train,
     objective=_objective,
-    folders=_folders,
-    examine=_examine,
+    folders=reward_folders,
+    examine=examine_prompts,
     without_data=lambda settings: bool(settings.replay),
     not_planned="drawing the completions and scoring them; the copies of the weights that are the "
     "anchor and the model at the start; the rollouts on the disk",
