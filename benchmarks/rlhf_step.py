@@ -36,7 +36,7 @@ from cabochon.core import Group, Key, TokenBatch
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.convert import read_gemma, write_gemma
 from cabochon.models.gemma.decoder import Gemma
-from cabochon.rewards.experience import recorder
+from cabochon.rewards.records import recorder
 from cabochon.training.anchors import anchor_of
 from cabochon.training.optimizers import OptimizerConfig, adamw
 from side_by_side import compare, report, worker_arguments

@@ -18,7 +18,8 @@ from cabochon.core import Completion, Group, Key, Step, TokenBatch
 from cabochon.core.errors import ConfigError, DataError, NonFinite
 from cabochon.generation.best_of_n import best_of_n_logprob
 from cabochon.models.gemma import Gemma, preset
-from cabochon.rewards.experience import Experience, recorder, replayed
+from cabochon.rewards.experience import Experience
+from cabochon.rewards.records import recorder, replayed
 from cabochon.rewards.scores import Scores
 from cabochon.training import OptimizerConfig, adamw
 from cabochon.training.anchors import Anchor, anchor_of

@@ -27,7 +27,8 @@ from cabochon.algorithms import rlhf
 from cabochon.core import Group, Key, Step, TokenBatch
 from cabochon.core.errors import ConfigError, DataError, Diverged
 from cabochon.models.critic import Critic, critic_of
-from cabochon.rewards.experience import Experience, draw, recorder, replayed
+from cabochon.rewards.experience import Experience, draw
+from cabochon.rewards.records import recorder, replayed
 from cabochon.rewards.returns import completions_of
 from cabochon.training import OptimizerConfig, adamw
 from cabochon.training.anchors import Anchor, AnchorConfig, anchor_of

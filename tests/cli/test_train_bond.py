@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from workshop import Done, Workshop, call, write_jsonl
 
-from cabochon.rewards.experience import Experience, replayed
+from cabochon.rewards.experience import Experience
+from cabochon.rewards.records import replayed
 from cabochon.training.metrics import read_metrics
 
 STEPS = 8

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from workshop import Done, Workshop, call, write_jsonl
 
 import cabochon
-from cabochon.rewards.experience import replayed
+from cabochon.rewards.records import replayed
 from cabochon.training.metrics import read_metrics
 
 sys.path.append(str(Path(__file__).parents[1] / "generation"))

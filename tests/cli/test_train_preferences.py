@@ -12,7 +12,7 @@ from workshop import SMALL, Done, Workshop, call, write_jsonl
 
 from cabochon import folders
 from cabochon.models.reward_head import is_reward_model
-from cabochon.rewards.experience import replayed
+from cabochon.rewards.records import replayed
 from cabochon.training import checkpoint
 
 

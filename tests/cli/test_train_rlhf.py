@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from workshop import Done, Workshop, call, write_jsonl
 
-from cabochon.rewards.experience import replayed
+from cabochon.rewards.records import replayed
 from cabochon.training.metrics import read_metrics
 
 STEPS = 6

@@ -10,7 +10,7 @@ from pathlib import Path
 from test_train_rlhf import STEPS, assert_same_run, folder, metrics, train, words
 from workshop import call
 
-from cabochon.rewards.experience import replayed
+from cabochon.rewards.records import replayed
 
 __all__ = ["folder"]
 

@@ -105,7 +105,7 @@ def test_the_fronts_go_from_the_start_to_each_merge(whole: Path) -> None:
 
 def test_every_rollout_is_recorded(whole: Path) -> None:
     pytest.importorskip("google_crc32c")
-    from cabochon.rewards.experience import replayed
+    from cabochon.rewards.records import replayed
 
     found = list(replayed(whole / MEMBERS[0] / "rollouts", 0))
     assert [each.number for each in found] == [0, 1, 2]

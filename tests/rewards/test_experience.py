@@ -19,7 +19,8 @@ from cabochon.core.errors import DataError, FolderError
 from cabochon.data.rlds.reader import validate
 from cabochon.generation.engine import Settings, generate
 from cabochon.models.gemma import Gemma, preset
-from cabochon.rewards.experience import Experience, continued, draw, gains, recorder, replayed
+from cabochon.rewards.experience import Experience, continued, draw, gains
+from cabochon.rewards.records import recorder, replayed
 from cabochon.rewards.returns import due
 from cabochon.rewards.scores import Scores
 
@@ -203,7 +204,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import cabochon.rewards.experience as module
+import cabochon.rewards.records as module
 from test_experience import Ids, experience, recorder
 write, left = module.write_rollouts, [7]
 

@@ -20,7 +20,7 @@ from cabochon.data.prompts import PromptRows
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.generation.engine import Settings, generate
 
-__all__ = ["Rewarded", "examine_prompts", "pack", "reward_folders", "reward_of"]
+__all__ = ["Rewarded", "Writing", "examine_prompts", "pack", "reward_folders", "reward_of"]
 
 
 class Writing(Protocol):

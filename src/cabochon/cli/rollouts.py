@@ -15,14 +15,8 @@ from cabochon.core import Key, TokenBatch
 from cabochon.core.errors import ConfigError, TokenizerMismatch
 from cabochon.data.rlds.layout import read_notes
 from cabochon.data.tokenizer import Tokenizer
-from cabochon.rewards.experience import (
-    Experience,
-    Observe,
-    Recorder,
-    recorded,
-    recorder,
-    replayed,
-)
+from cabochon.rewards.experience import Experience, Observe
+from cabochon.rewards.records import Recorder, recorded, recorder, replayed
 from cabochon.training import parallel
 
 __all__ = ["NoRows", "Records", "check_replay", "records", "records_of"]

@@ -33,7 +33,8 @@ from cabochon.models.gemma.decoder import Gemma
 from cabochon.pipelines.recipe import Phase
 from cabochon.pipelines.stages import Event, Observe, Stage, trained
 from cabochon.pipelines.timing import timed
-from cabochon.rewards.experience import Experience, Recorder, continued, recorder
+from cabochon.rewards.experience import Experience, continued
+from cabochon.rewards.records import Recorder, recorder
 from cabochon.training.anchors import Anchor, anchor_of
 from cabochon.training.optimizers import OptimizerConfig, adamw
 from cabochon.training.run_directory import Run
