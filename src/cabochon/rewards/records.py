@@ -59,13 +59,15 @@ class Recorder:
         """
         if self._writer is None:
             self._writer = self._open(experience.number)
+        new = list[Rollout]()
         for rollout in _rollouts(experience):
             known = self._known.pop((rollout.batch, rollout.writer, rollout.place), None)
             if known is None:
-                write_rollouts(self._writer, [replace(rollout, number=self._count)])
-                self._count += 1
+                new.append(replace(rollout, number=self._count + len(new)))
             elif not _same(known, rollout):
                 self._say_unlike(rollout)
+        write_rollouts(self._writer, new)
+        self._count += len(new)
 
     def recalled(self, first: int) -> Iterator[Experience]:
         """What a killed process recorded from micro-batch `first` on, whole ones in a row.

@@ -82,7 +82,9 @@ def test_minari_itself_stores_and_gives_back_the_same(
         "small-v0",
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32),
         action_space=gymnasium.spaces.Discrete(2),
-        **dict.fromkeys(("author", "author_email", "code_permalink", "algorithm_name"), "x"),
+        **dict.fromkeys(
+            ("author", "author_email", "code_permalink", "algorithm_name", "description"), "x"
+        ),
     )
     back = from_minari(minari.load_dataset("small-v0"))
     for found, wanted in zip(back, episodes, strict=True):

@@ -140,9 +140,8 @@ def open_rollouts(
 
 
 def write_rollouts(writer: EpisodeWriter, rollouts: Iterable[Rollout]) -> None:
-    """Adds groups; those of one go to the system together."""
-    for rollout in rollouts:
-        writer.write_all(episodes_of(rollout))
+    """Adds groups; a process that is killed leaves all of them, or none."""
+    writer.write_all([episode for rollout in rollouts for episode in episodes_of(rollout)])
 
 
 def read_rollouts(

@@ -4,7 +4,8 @@ Records go to a journal, framed and checksummed, and reach the system at once. A
 becomes a shard: written aside, flushed, renamed; then `dataset_info.json` lists it; then the
 journal is emptied. Whatever moment a process dies at, the closed shards are whole and listed, and
 the next writer that appends finds the journal, keeps every record in it that is whole, and says
-so. The first frame of a journal says which shard it will be, so that none is stored twice.
+so. The first frame of a journal says which shard it will be, so that none is stored twice. An empty
+frame ends what belongs together: of half a group, nothing is kept.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+import numpy as np
+
 from cabochon.core.errors import ConfigError, DataError
 from cabochon.data.rlds.coding import encode_episode
-from cabochon.data.rlds.frames import framed, read_frame, whole_frames
+from cabochon.data.rlds.frames import FRAME_BYTES, framed, read_frame, whole_frames
 from cabochon.data.rlds.layout import (
     DatasetInfo,
     SplitInfo,
@@ -40,6 +43,9 @@ from cabochon.data.rlds.validation import check
 from cabochon.files import whole
 
 __all__ = ["EpisodeWriter", "Unfinished", "unfinished"]
+
+_TOGETHER = b""
+"""The frame that ends a group in the journal; no episode is encoded as nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ class EpisodeWriter:
         self.write_all([episode])
 
     def write_all(self, episodes: Iterable[Episode]) -> None:
-        """Adds episodes that belong together: they reach the system, and one shard, together."""
+        """Adds episodes that belong together: one shard has all of them, or a death none."""
         if self._closed:
             raise DataError("the writer is closed")
         self._append([self._record(episode) for episode in episodes])
@@ -245,7 +251,7 @@ class EpisodeWriter:
         if not records:
             return
         assert self._journal is not None
-        self._journal.write(b"".join(framed(record) for record in records))
+        self._journal.write(b"".join(map(framed, (*records, _TOGETHER))))
         self._journal.flush()
         self._count += len(records)
         self._bytes += sum(len(record) for record in records)
@@ -260,9 +266,11 @@ def unfinished(folder: Path, info: DatasetInfo) -> Iterator[Unfinished]:
         path = journal_path(folder, info, name)
         if not path.is_file():
             continue
-        offsets, complaint = whole_frames(path)
+        whole, half, complaint = _journal_frames(path)
         listed = _journal_shard(path) < len(split.shard_lengths)
-        count = 0 if listed else max(0, len(offsets) - 2)
+        count = 0 if listed else len(whole)
+        if half and not complaint:
+            complaint = f"{half} episodes of a group that is not whole"
         if count or complaint:
             yield Unfinished(split=name, episodes=count, complaint=complaint)
 
@@ -277,10 +285,20 @@ def _journal_shard(path: Path) -> int:
 
 
 def _journal_records(path: Path) -> Iterator[bytes]:
-    offsets, _ = whole_frames(path)
+    whole, _, _ = _journal_frames(path)
     with path.open("rb") as file:
-        for offset in offsets[1:-1]:
-            yield read_frame(file, int(offset), path)
+        for offset in whole:
+            yield read_frame(file, offset, path)
+
+
+def _journal_frames(path: Path) -> tuple[list[int], int, str]:
+    """Where the records of whole groups are, how many are behind them, and what is wrong there."""
+    offsets, complaint = whole_frames(path)
+    starts, lengths = offsets[1:-1].tolist(), np.diff(offsets[1:]) - FRAME_BYTES
+    ends = np.flatnonzero(lengths == len(_TOGETHER))
+    behind = int(ends[-1]) + 1 if len(ends) else 0
+    whole = [starts[place] for place in np.flatnonzero(lengths[:behind])]
+    return whole, len(starts) - behind, complaint
 
 
 def _pour(folder: Path, info: DatasetInfo, name: str, records: Iterator[bytes]) -> DatasetInfo:
