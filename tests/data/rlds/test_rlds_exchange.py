@@ -60,6 +60,7 @@ def test_discounts_that_minari_cannot_hold_are_refused() -> None:
     assert isinstance(minari_fields(episode)["infos"]["rows"], Ragged)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")  # on what its authors recommend
 def test_minari_itself_stores_and_gives_back_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
