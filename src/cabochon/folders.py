@@ -25,7 +25,15 @@ from cabochon.models.reward_head import (
 )
 from cabochon.weight_files import read_json, weight_files, write_json
 
-__all__ = ["check_tokenizer", "fingerprint", "load", "load_model", "load_reward", "save"]
+__all__ = [
+    "check_tokenizer",
+    "fingerprint",
+    "load",
+    "load_model",
+    "load_reward",
+    "save",
+    "saved_here",
+]
 
 _OURS = "cabochon"
 
@@ -127,6 +135,11 @@ def save(
     values = read_json(folder / "config.json")
     values[_OURS] = {"tokenizer": tokenizer.fingerprint()}
     write_json(folder / "config.json", values)
+
+
+def saved_here(folder: Path | str) -> bool:
+    """Whether `save` wrote the folder, or a model of a folder that it wrote; else it is foreign."""
+    return isinstance(read_json(Path(folder) / "config.json").get(_OURS), dict)
 
 
 def fingerprint(folder: Path | str) -> dict[str, str]:

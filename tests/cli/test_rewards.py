@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,18 @@ import torch
 from cabochon import folders
 from cabochon.cli.rewards import RewardSettings, load_reward, reward_sources
 from cabochon.core import Completion, Group, Key
-from cabochon.core.errors import ConfigError, DataError, TokenizerMismatch
+from cabochon.core.errors import ConfigError, DataError, FolderError
+from cabochon.data.chat import Message, decode_prompt, encode_prompt
+from cabochon.data.preferences import encode_answer
 from cabochon.data.prompts import Prompt
 from cabochon.data.tokenizer import Tokenizer, train_tokenizer
 from cabochon.models.gemma.config import GemmaConfig
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.models.reward_head import RewardModel
+from cabochon.rewards.preference_model import score_sequences
+from cabochon.rewards.preference_texts import preferred_texts
 from cabochon.rewards.scores import scores
+from cabochon.rewards.texts import judged_together
 
 
 @pytest.fixture(scope="module")
@@ -95,24 +103,84 @@ def test_functions_of_ones_own(
             total(tokenizer, groups, f"python:{wrong}")
 
 
-def test_a_reward_model_is_its_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def small_judge(tokenizer: Tokenizer) -> RewardModel:
     config = GemmaConfig(
         vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=1, head_width=8,
         ffn_width=24, query_scalar=8, window=4, attention_cap=None, final_cap=None,
-        post_norms=True, context=32, pad_id=tokenizer.control("pad"), eos_id=tokenizer.eos_id or 0,
+        post_norms=True, context=64, pad_id=tokenizer.control("pad"), eos_id=tokenizer.eos_id or 0,
         bos_id=tokenizer.control("bos"),
     )  # fmt: skip
     head = torch.randn(1, 16, generator=Key(1).generator())
-    model = RewardModel(Gemma.init(config, Key(0)), head)
-    folders.save(model, tokenizer, tmp_path / "judge")
+    return RewardModel(Gemma.init(config, Key(0)), head)
+
+
+def test_a_reward_model_is_its_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folders.save(small_judge(tokenizer), tokenizer, tmp_path / "judge")
     groups = [group(tokenizer, "p", "oh!!", "ok")]
     name = str(tmp_path / "judge")
     said = total(tokenizer, groups, name, "matches:k")
     assert said[0][0] != said[0][1]
     assert reward_sources(RewardSettings(reward=(name, "parses"))) == {"reward_0": name}
-    other = train_tokenizer(["zebras and yaks see many oxen near the old gate"], 280)
-    with pytest.raises(TokenizerMismatch, match="another tokenizer than the policy"):
-        total(other, groups, name)
+
+
+def test_a_reward_model_of_another_tokenizer_reads_texts(
+    tokenizer: Tokenizer, published_reward: Path
+) -> None:
+    """By name as in Python, which tests/rewards compares with transformers."""
+    model, own = folders.load_reward(published_reward)
+    settings = RewardSettings(reward=(str(published_reward),))
+    talk = encode_prompt(tokenizer, [Message("user", "def f?")])
+    said = group(tokenizer, "def f(x):\n", "    return x\n", "x ==")
+    for prompt, plain in ((tokenizer.encode("def f?", bos=True), True), (talk, False)):
+        one = replace(said, prompt=torch.tensor(prompt))
+        turns = None if plain else partial(decode_prompt, tokenizer)
+        by_hand = judged_together(preferred_texts(model, own), tokenizer.decode, turns)
+        by_name = load_reward(settings, tokenizer, plain=plain)
+        assert torch.equal(by_name([one]), by_hand([one]))
+    with pytest.raises(DataError, match=r"prompt 0: 'def f.*expected <start_of_turn>"):
+        load_reward(settings, tokenizer)([said])
+
+
+def test_what_another_familys_template_wrote_is_found_among_the_data(
+    tokenizer: Tokenizer, published_reward: Path, tmp_path: Path
+) -> None:
+    """The policy is of another family too, whose turns cannot be read from tokens."""
+    policy = Tokenizer.load(published_reward)
+    folders.save(small_judge(tokenizer), tokenizer, tmp_path / "judge")
+    judge, own = folders.load_reward(tmp_path / "judge")
+    talk = [Message("user", "a"), Message("model", "b"), Message("user", "c")]
+    rows = [{"messages": [{"role": m.role, "content": m.content} for m in talk]}]
+    data = tmp_path / "talk.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = RewardSettings(reward=(str(tmp_path / "judge"),))
+    reward = load_reward(settings, policy, data=[str(data)])
+    for turns in (talk[:1], talk):
+        tokens = torch.tensor(policy.encode("yes", eos=True))
+        zeros = torch.zeros(len(tokens))
+        said = Completion(tokens=tokens, logprob=zeros, model_logprob=zeros, stopped=True)
+        prompt = torch.tensor(encode_prompt(policy, turns))
+        row = encode_answer(own, turns, "yes")
+        expected = score_sequences(judge, [row])
+        assert torch.equal(reward([Group(prompt=prompt, completions=(said,))])[0], expected)
+    stranger = Group(prompt=prompt[:-1], completions=(said,))
+    with pytest.raises(DataError, match="it is no prompt of the data"):
+        reward([stranger])
+
+
+def test_what_cannot_be_written_for_a_reward_model_is_refused_at_once(
+    tokenizer: Tokenizer, published_reward: Path, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(published_reward, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    settings = RewardSettings(reward=(str(bare),))
+    with pytest.raises(
+        ConfigError, match=r"neither Gemma's turn tokens nor a chat template.*plain"
+    ):
+        load_reward(settings, tokenizer)
+    load_reward(settings, tokenizer, plain=True)
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(FolderError, match=r"holds no tokenizer\.json"):
+        load_reward(settings, tokenizer, plain=True)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from cabochon.cli.drawing import Drawn, draw
 from cabochon.cli.machine import tokenizer_of
 from cabochon.cli.output import answer, console
 from cabochon.cli.recipe import ALGORITHMS, Recipe, recipe_of
+from cabochon.cli.reward_checks import examine_rewards
 from cabochon.cli.rows import is_packed
 from cabochon.cli.session import load_tokenizer
 from cabochon.cli.settings import Architecture, RunSettings
@@ -33,8 +34,8 @@ usage: cabochon doctor ALGORITHM [the options of cabochon train ALGORITHM]
 
 Looks for what can be wrong before a run: BOS and EOS counted, the loss mask drawn token by token,
 the chat template there and back, EOS apart from PAD, the tokenizer the model's own, the teacher's
-vocabulary compared entry by entry, documents longer than a row counted. Exit code 1 if something
-is wrong."""
+vocabulary compared entry by entry, documents longer than a row counted, rewards tried. Exit code 1
+if something is wrong."""
 
 DRAWN = 160
 """Tokens of the loss mask that are drawn."""
@@ -125,6 +126,10 @@ def _examine_run(recipe: Recipe[Any], settings: Any) -> _Findings:
             findings.sample = findings.sample or row
             continue
         findings.checks += _examine_data(name, run, found, findings, chat=recipe.chat)
+    if named.get("reward") and not named.get("replay"):
+        findings.checks += examine_rewards(
+            settings.rewards, run, found, plain=settings.plain, room=settings.method.max_new_tokens
+        )
     return findings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,13 +19,16 @@ from cabochon.cli.prompts import prompts_of_source
 from cabochon.cli.rewards import RewardSettings, load_reward
 from cabochon.core import Completion, Group
 from cabochon.core.errors import ConfigError, DataError
-from cabochon.data.preferences import Pairs, encoded_pairs
+from cabochon.data.preferences import Pairs, PairTokens, encoded_pairs, read_pairs
 from cabochon.data.prompts import Prompt
+from cabochon.data.tokenizer import Tokenizer
 from cabochon.evaluation.intervals import mean_interval
 from cabochon.evaluation.pairs import pair_accuracy
 from cabochon.rewards.compose import frozen, save_scales
 from cabochon.rewards.preference_model import score_sequences
+from cabochon.rewards.preference_texts import encode_exchange
 from cabochon.rewards.scores import scores
+from cabochon.rewards.texts import Exchange
 
 __all__ = ["PreferencesSettings", "RewardsSettings", "preferences", "rewards"]
 
@@ -88,15 +91,16 @@ def preferences(argv: Sequence[str]) -> int:
     if settings.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {settings.batch_size}")
     use_threads(settings.threads)
+    folder = model_folder(settings.model)
     model, tokenizer = folders.load_reward(
-        model_folder(settings.model),
-        dtype=DTYPES.get(settings.precision),
-        device=device_of(settings.device),
+        folder, dtype=DTYPES.get(settings.precision), device=device_of(settings.device)
     )
     unusable: list[str] = []
     how = settings.pairs
     noting = unusable if how.unusable == "drop" else None
-    read = list(encoded_pairs(settings.file, tokenizer, plain=how.plain, unusable=noting))
+    here = folders.saved_here(folder)
+    encoded = encoded_pairs if here else _published_pairs
+    read = list(encoded(settings.file, tokenizer, plain=how.plain, unusable=noting))
     kept = [pair for pair in read if pair.longest <= model.context]
     if len(kept) < len(read) and settings.too_long == "refuse":
         long = next(pair for pair in read if pair.longest > model.context)
@@ -122,6 +126,31 @@ def preferences(argv: Sequence[str]) -> int:
     return 0
 
 
+def _published_pairs(
+    path: str, tokenizer: Tokenizer, *, plain: bool, unusable: list[str] | None
+) -> Iterator[PairTokens]:
+    """As `encoded_pairs`, whole rows as a model from elsewhere reads them."""
+    for pair in read_pairs(path, unusable=unusable):
+        prompt = pair.prompt[0].content if plain else pair.prompt
+        try:
+            if plain and len(pair.prompt) > 1:
+                raise DataError("a plain text is one prompt and its answer; this is a conversation")
+            chosen, rejected = (
+                encode_exchange(
+                    tokenizer, Exchange(prompt=prompt, completion=text, name=pair.source)
+                )
+                for text in (pair.chosen, pair.rejected)
+            )
+        except DataError as error:
+            if unusable is None:
+                raise DataError(f"{pair.source}: {error}") from error
+            unusable.append(f"{pair.source}: {error}")
+            continue
+        yield PairTokens(
+            prompt=(), chosen=tuple(chosen), rejected=tuple(rejected), source=pair.source
+        )
+
+
 def rewards(argv: Sequence[str]) -> int:
     """What a reward says of texts, part by part; and its scales, to be kept."""
     settings = parse(
@@ -142,6 +171,7 @@ def rewards(argv: Sequence[str]) -> int:
         prompts=kept,
         data=[settings.file],
         device=settings.device,
+        plain=settings.plain,
     )
     groups = [_group(each) for each in kept]
     said = [scores(reward, groups[at : at + AT_ONCE]) for at in range(0, len(groups), AT_ONCE)]

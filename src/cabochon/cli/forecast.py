@@ -21,7 +21,7 @@ from cabochon.models.gemma.config import GemmaConfig, parameter_counts
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.models.gemma.hf_config import config_from_hf
 from cabochon.training.precision import master_of
-from cabochon.weight_files import read_json
+from cabochon.weight_files import read_json, weight_files
 
 __all__ = [
     "Memory",
@@ -32,6 +32,7 @@ __all__ = [
     "measured_speed",
     "rehearse",
     "resident_bytes",
+    "stored_bytes",
 ]
 
 STARTING = 95 * 2**20
@@ -55,6 +56,8 @@ class Memory:
     """Whatever else an update holds at its peak: activations, logits, buffers."""
     process: int
     """Interpreter, libraries, data, and what the allocator keeps; 0 on a GPU."""
+    judges: int = 0
+    """The weights of reward models."""
 
     @property
     def peak(self) -> int:
@@ -165,6 +168,11 @@ def folder_config(folder: Path) -> GemmaConfig:
             "arithmetic alone (train and doctor take any)"
         )
     return config_from_hf(values)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a folder's weights, which is what they take in memory where nothing casts them."""
+    return sum(each.stat().st_size for each in weight_files(folder))
 
 
 def checkpoint_bytes(config: GemmaConfig, run: RunSettings) -> int:

@@ -138,8 +138,9 @@ def _train(settings: GkdSettings, model: nn.Module, tokenizer: Tokenizer) -> Tra
     if settings.rewards.reward:
         run, prompts = settings.run, _pack(settings, tokenizer).prompts
         reward = load_reward(
-            settings.rewards, tokenizer, prompts=prompts, data=run.data, device=run.device
-        )
+            settings.rewards, tokenizer, prompts=prompts, data=run.data, device=run.device,
+            plain=settings.plain,
+        )  # fmt: skip
     stops = stop_ids(tokenizer, (), chat=not settings.plain)
     show = _samples(settings, tokenizer)
     watch = watching(

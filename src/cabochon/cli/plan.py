@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from cabochon.cli.recipe import AGENTS, Recipe, split_words
 from cabochon.cli.rows import Rows
 from cabochon.cli.session import begins_from_folder, config_for, load_tokenizer
 from cabochon.cli.settings import RunSettings, shape
-from cabochon.cli.teachers import resident
+from cabochon.cli.teachers import judges_in, resident
 from cabochon.cli.train import resolved
 from cabochon.data.packed import Packed
 from cabochon.models.gemma.config import GemmaConfig, parameter_counts
@@ -57,11 +57,14 @@ def main(argv: Sequence[str]) -> int:
     run: RunSettings = settings.run
     use_threads(run.threads)
     config, rows = _config_and_rows(recipe, settings)
-    held = resident(recipe.folders(settings))
+    sources = recipe.folders(settings)
+    held = resident(sources)
     teacher = forecast.folder_config(held[0]) if held else None
+    judges = sum(map(forecast.stored_bytes, judges_in(sources).values()))
     tokens = run.batch_size * run.context
     say(f"rehearsing an update of {tokens:,} tokens without contents; many tokens take minutes")
     memory, work = forecast.rehearse(recipe, settings, config, teacher)
+    memory = replace(memory, judges=judges)
     accumulate, steps = int(settings.method.accumulate), int(settings.method.steps)
     speed = forecast.measured_speed(
         run.batch_size * run.context, config, DTYPES[run.precision], run.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
 from itertools import chain
 
 from cabochon.cli.checks import Check
@@ -11,11 +12,13 @@ from cabochon.cli.output import say
 from cabochon.cli.rows import chats_of, is_packed, refuse_repeated
 from cabochon.cli.settings import RunSettings
 from cabochon.core.errors import CabochonError, ConfigError, DataError
+from cabochon.data.chat import Message, decode_prompt
 from cabochon.data.prompts import Prompt, PromptRows, prompts_in, text_prompt
 from cabochon.data.readers import Conversation, read_chats
 from cabochon.data.tokenizer import Tokenizer
+from cabochon.rewards.texts import Turns
 
-__all__ = ["examine", "prompt_rows", "prompts_of_source", "too_long"]
+__all__ = ["examine", "prompt_rows", "prompts_of_source", "too_long", "turns_of"]
 
 
 def prompt_rows(
@@ -71,14 +74,45 @@ def prompts_of_source(name: str, tokenizer: Tokenizer, *, plain: bool) -> Iterat
     Raises:
         DataError: they cannot be read; file and line are named.
     """
-    conversations: Iterable[Conversation] = (
-        chats_of(name) if name == "stdlib" else read_chats(name, answered=False)
-    )
-    for each in conversations:
+    for each in _conversations(name):
         if plain:
             yield text_prompt(tokenizer, each)
         else:
             yield from prompts_in(tokenizer, each)
+
+
+def turns_of(tokenizer: Tokenizer, data: Sequence[str]) -> Turns:
+    """What finds the conversation that a prompt's tokens are of.
+
+    Gemma's turns are read from the tokens. What another family's template wrote cannot be, so it
+    is looked up among the prompts of `data`.
+    """
+    if tokenizer.start_of_turn_id is not None and tokenizer.end_of_turn_id is not None:
+        return partial(decode_prompt, tokenizer)
+
+    @cache
+    def known() -> dict[tuple[int, ...], Sequence[Message]]:
+        found: dict[tuple[int, ...], Sequence[Message]] = {}
+        for each in chain.from_iterable(map(_conversations, data)):
+            turns = each.messages
+            ends = [at for at, said in enumerate(turns) if said.role in ("model", "assistant")]
+            if turns and turns[-1].role == "user":
+                ends.append(len(turns))
+            for prompt, end in zip(prompts_in(tokenizer, each), ends, strict=True):
+                found[prompt.ids] = turns[:end]
+        return found
+
+    def turns(ids: Sequence[int]) -> Sequence[Message]:
+        try:
+            return known()[tuple(ids)]
+        except KeyError:
+            raise DataError("it is no prompt of the data, whose turns would be known") from None
+
+    return turns
+
+
+def _conversations(name: str) -> Iterable[Conversation]:
+    return chats_of(name) if name == "stdlib" else read_chats(name, answered=False)
 
 
 def too_long(prompt: Prompt, run: RunSettings, *, room: int) -> str | None:

@@ -78,7 +78,7 @@ def reward_of(settings: Rewarded, policy: Backbone, tokenizer: Tokenizer) -> Rew
 
     return load_reward(
         settings.rewards, tokenizer, prompts=prompts, data=run.data, device=run.device,
-        draw=reference,
+        plain=settings.plain, draw=reference,
     )  # fmt: skip
 
 

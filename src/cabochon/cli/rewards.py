@@ -13,9 +13,11 @@ from typing import Any
 
 from cabochon import folders
 from cabochon.cli.machine import device_of, model_folder
+from cabochon.cli.prompts import turns_of
 from cabochon.cli.words import unknown
 from cabochon.core import Group, RewardFn
-from cabochon.core.errors import ConfigError, DataError, TokenizerMismatch
+from cabochon.core.errors import ConfigError, DataError
+from cabochon.data.chat import Message
 from cabochon.data.prompts import Prompt
 from cabochon.data.readers import read_records
 from cabochon.data.tokenizer import Tokenizer
@@ -30,10 +32,20 @@ from cabochon.rewards.compose import (
 )
 from cabochon.rewards.deadlines import within
 from cabochon.rewards.preference_model import preferred
+from cabochon.rewards.preference_texts import encode_exchange, preferred_texts
 from cabochon.rewards.served import served
-from cabochon.rewards.texts import judged
+from cabochon.rewards.texts import Exchange, Turns, judged, judged_together
 
-__all__ = ["NAMES", "RewardSettings", "absolute", "load_reward", "located", "reward_sources"]
+__all__ = [
+    "NAMES",
+    "RewardSettings",
+    "absolute",
+    "is_address",
+    "is_folder",
+    "load_reward",
+    "located",
+    "reward_sources",
+]
 
 NAMES = {
     "parses": "the completion is Python (parses:prompt: together with its prompt)",
@@ -85,6 +97,7 @@ def load_reward(
     prompts: Sequence[Prompt] = (),
     data: Sequence[str] = (),
     device: str = "cpu",
+    plain: bool = False,
     draw: Callable[[int], Sequence[Group]] | None = None,
 ) -> Composition:
     """The reward that the settings name, as a sum whose parts are told by `scores`.
@@ -96,14 +109,16 @@ def load_reward(
         data: the names in `--data` that the prompts came from, whose `answer` fields are the
             answers; without the field, a prompt's completion is.
         device: where models of preferences go.
+        plain: prompts are the beginnings of texts, not turns of conversations: what a model of
+            preferences with a tokenizer of its own is given.
         draw: how many prompts -> what the policy writes for them before any training, for
             `--reward-normalise N`.
 
     Raises:
         ConfigError: no reward, an unknown name, or a parameter that it cannot have.
         DataError: a prompt without an answer, or scales of another reward.
-        TokenizerMismatch: a reward model of another tokenizer.
-        FolderError: a folder that holds no reward model.
+        FolderError: a folder that holds no reward model, or no tokenizer.
+        WeightsMismatch: a model of several labels.
     """
     if not settings.reward:
         raise ConfigError(f"what is good? --reward {' | '.join(NAMES)} | FOLDER | http://HOST:PORT")
@@ -111,7 +126,7 @@ def load_reward(
     parts = tuple(
         Part(
             name=name,
-            reward=_named(name, settings, tokenizer, prompts, data, device),
+            reward=_named(name, settings, tokenizer, prompts, data, device, plain=plain),
             weight=weight,
         )
         for name, weight in zip(settings.reward, weights, strict=True)
@@ -129,7 +144,7 @@ def load_reward(
 
 def reward_sources(settings: RewardSettings) -> dict[str, str]:
     """The model folders and servers among the rewards, by a name for the manifest."""
-    found = [name for name in settings.reward if _is_address(name) or _is_folder(name)]
+    found = [name for name in settings.reward if is_address(name) or is_folder(name)]
     return {f"reward_{number}": name for number, name in enumerate(found)}
 
 
@@ -142,7 +157,7 @@ def located(names: Sequence[str], normalise: str) -> dict[str, Any]:
     """The settings `reward` and `reward_normalise`, with the paths of folders and files whole."""
     scales = bool(normalise) and not normalise.isdecimal()
     return {
-        "reward": tuple(str(Path(name).resolve()) if _is_folder(name) else name for name in names),
+        "reward": tuple(str(Path(name).resolve()) if is_folder(name) else name for name in names),
         "reward_normalise": str(Path(normalise).resolve()) if scales else normalise,
     }
 
@@ -154,11 +169,13 @@ def _named(
     prompts: Sequence[Prompt],
     data: Sequence[str],
     device: str,
+    *,
+    plain: bool,
 ) -> RewardFn:
-    if _is_address(name):
+    if is_address(name):
         return served(Transport(url=name, timeout_s=settings.reward_timeout), tokenizer.decode)
-    if _is_folder(name):
-        return _model(name, tokenizer, device)
+    if is_folder(name):
+        return _model(name, tokenizer, device, None if plain else turns_of(tokenizer, data))
     word, _, argument = name.partition(":")
     if word in ("length", "repetition"):
         return _counted(word, argument)
@@ -179,23 +196,33 @@ def _named(
     return judged(judge, tokenizer.decode, timeout_s=settings.reward_timeout)
 
 
-def _is_address(name: str) -> bool:
+def is_address(name: str) -> bool:
+    """Whether a name in `--reward` is a server's."""
     return name.startswith(("http://", "https://"))
 
 
-def _is_folder(name: str) -> bool:
+def is_folder(name: str) -> bool:
+    """Whether it is a model folder's or a run's."""
     return name.partition(":")[0] not in NAMES and Path(name).exists()
 
 
-def _model(name: str, tokenizer: Tokenizer, device: str) -> RewardFn:
-    model, own = folders.load_reward(model_folder(name), device=device_of(device))
-    unlike = tokenizer.difference(own)
-    if unlike is not None:
-        raise TokenizerMismatch(
-            f"the reward model {name} has another tokenizer than the policy: {unlike}; train one "
-            "that begins from the policy's family"
-        )
-    return preferred(model.requires_grad_(False))
+def _model(name: str, tokenizer: Tokenizer, device: str, turns: Turns | None) -> RewardFn:
+    """Reads the policy's tokens as they were drawn where its tokenizer is the policy's."""
+    folder = model_folder(name)
+    model, own = folders.load_reward(folder, device=device_of(device))
+    model.requires_grad_(False)
+    if tokenizer.difference(own) is None:
+        return preferred(model)
+    here = folders.saved_here(folder)
+    prompt = "?" if turns is None else (Message("user", "?"),)
+    try:  # what cannot be written at all is found before anything is
+        encode_exchange(own, Exchange(prompt=prompt, completion="!", name=name), trained_here=here)
+    except DataError as error:
+        raise ConfigError(
+            f"the reward model {name} has another tokenizer than the policy, so it is given texts; "
+            f"they cannot be written for it: {error}; or --plain, where no conversations are meant"
+        ) from error
+    return judged_together(preferred_texts(model, own, trained_here=here), tokenizer.decode, turns)
 
 
 def _counted(word: str, argument: str) -> RewardFn:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -40,6 +41,7 @@ __all__ = [
     "compare",
     "files_of",
     "identities",
+    "judges_in",
     "kind",
     "load_policy",
     "load_served",
@@ -53,6 +55,9 @@ Kind = Literal["model", "cache", "server"]
 
 TOKENIZER = "teacher_tokenizer"
 """The setting that names a tokenizer, not a teacher."""
+
+JUDGE = "reward_"
+"""How the names of rewards begin among the sources of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,18 +127,31 @@ def models_in(sources: Mapping[str, str]) -> dict[str, Path]:
 
 
 def resident(sources: Mapping[str, str]) -> list[Path]:
-    """The model folders among the sources of a run that it holds in memory."""
+    """The model folders of teachers among the sources of a run that it holds in memory."""
     if any(kind(value) == "cache" for value in sources.values()):
         return []
-    return list(models_in(sources).values())
+    found = models_in(sources)
+    return [folder for name, folder in found.items() if not name.startswith(JUDGE)]
+
+
+def judges_in(sources: Mapping[str, str]) -> dict[str, Path]:
+    """The reward models among the sources of a run, by the name of their setting."""
+    return {name: folder for name, folder in models_in(sources).items() if name.startswith(JUDGE)}
 
 
 def identities(sources: Mapping[str, str]) -> dict[str, str]:
-    """What a run's manifest keeps of those that are no model folders."""
+    """What a run's manifest keeps of those that are no model folders, and of judges' tokenizers.
+
+    A reward model's weights alone do not decide its scores where it reads texts.
+    """
     found = {}
     for name, value in sources.items():
         if name == TOKENIZER:
             found[name] = tokenizer_of(value).fingerprint()
+        elif name.startswith(JUDGE) and kind(value) == "model":
+            own = tokenizer_of(value)
+            both = f"{own.fingerprint()} {own.chat_template}"
+            found[f"{name}_tokenizer"] = sha256(both.encode()).hexdigest()
         elif kind(value) == "cache":
             found[name] = open_cache(value).sha256()
         elif kind(value) == "server":

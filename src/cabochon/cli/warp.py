@@ -69,8 +69,9 @@ def _carried_out(settings: WarpSettings, *, as_json: bool) -> int:
 
     def judges(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> RewardFn:
         return load_reward(
-            rewards, tokenizer, prompts=prompts, data=[recipe.data], device=recipe.device
-        )
+            rewards, tokenizer, prompts=prompts, data=[recipe.data], device=recipe.device,
+            plain=recipe.plain,
+        )  # fmt: skip
 
     return carry_out(
         lambda observe: warp.run(

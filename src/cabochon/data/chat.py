@@ -15,10 +15,23 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cabochon.core.errors import DataError
-from cabochon.data.template_chat import encode_template_chat, encode_template_prompt
+from cabochon.data.template_chat import (
+    encode_template_chat,
+    encode_template_prompt,
+    encode_template_whole,
+)
 from cabochon.data.tokenizer import Tokenizer
 
-__all__ = ["ChatTokens", "Message", "decode_chat", "encode_chat", "encode_prompt", "render"]
+__all__ = [
+    "ChatTokens",
+    "Message",
+    "decode_chat",
+    "decode_prompt",
+    "encode_chat",
+    "encode_prompt",
+    "encode_published",
+    "render",
+]
 
 _ALIASES = {"assistant": "model"}
 _NO_SYSTEM = (
@@ -107,6 +120,32 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
         return encode_template_prompt(tokenizer, _for_template(messages))
     opening = [tokenizer.start_of_turn_id, *tokenizer.encode("model\n")]
     return [*encode_chat(tokenizer, messages).ids, *opening]
+
+
+def encode_published(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The whole conversation as the folder's own chat template writes it, whatever the family.
+
+    Published models were trained on what transformers' apply_chat_template gives, which may trim
+    the messages and go on behind the last one; this is the same. Without a template: `encode_chat`.
+
+    Raises:
+        DataError: there is neither a template nor Gemma's turns, or the conversation is refused.
+    """
+    if tokenizer.chat_template is None:
+        return list(encode_chat(tokenizer, messages).ids)
+    return encode_template_whole(tokenizer, _for_template(messages))
+
+
+def decode_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Message]:
+    """The messages that `encode_prompt` wrote in Gemma's turns; the last is the user's.
+
+    Raises:
+        DataError: the tokens are not such a conversation, or do not end where the model speaks.
+    """
+    *before, last = decode_chat(tokenizer, ids) or [Message("", "")]
+    if last != Message("model", "") or not before:
+        raise DataError("the prompt does not end with a user's turn and the opening of the model's")
+    return before
 
 
 def decode_chat(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Message]:

@@ -35,6 +35,7 @@ __all__ = [
     "Pair",
     "PairTokens",
     "Pairs",
+    "encode_answer",
     "encode_pair",
     "encoded_pairs",
     "pair_of",
@@ -189,16 +190,24 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, *, plain: bool = False) -> Pai
             named.
     """
     try:
-        if plain:
-            prompt, answers = _plain(tokenizer, pair)
-        else:
-            prompt = tuple(encode_prompt(tokenizer, pair.prompt))
-            answers = [_answer(tokenizer, pair, text, prompt) for text in _both(pair)]
+        prompt, answers = _encoded(tokenizer, pair.prompt, _both(pair), plain=plain)
     except DataError as error:
         raise DataError(f"{pair.source}: {error}") from error
     if answers[0] == answers[1]:
         raise DataError(f"{pair.source}: both answers become the same tokens")
     return PairTokens(prompt=prompt, chosen=answers[0], rejected=answers[1], source=pair.source)
+
+
+def encode_answer(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answer: str, *, plain: bool = False
+) -> list[int]:
+    """A prompt with an answer, as each of the two rows of a pair has it.
+
+    Raises:
+        DataError: the template refuses it.
+    """
+    before, (said,) = _encoded(tokenizer, prompt, [answer], plain=plain)
+    return [*before, *said]
 
 
 def encoded_pairs(
@@ -293,28 +302,32 @@ def _dialogue(text: str) -> tuple[Message, ...]:
     )
 
 
-def _plain(tokenizer: Tokenizer, pair: Pair) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    if len(pair.prompt) > 1:
+def _encoded(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answers: Sequence[str], *, plain: bool
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    if not plain:
+        before = tuple(encode_prompt(tokenizer, prompt))
+        return before, [_answer(tokenizer, prompt, text, before) for text in answers]
+    if len(prompt) > 1:
         raise DataError(
-            f"a plain text is one prompt and its answer; the pair's prompt has "
-            f"{len(pair.prompt)} turns"
+            f"a plain text is one prompt and its answer; the pair's prompt has {len(prompt)} turns"
         )
-    prompt = (tokenizer.control("bos"), *tokenizer.encode(pair.prompt[0].content))
+    before = (tokenizer.control("bos"), *tokenizer.encode(prompt[0].content))
     end = tokenizer.learnable_end()
-    return prompt, [(*tokenizer.encode(text), end) for text in _both(pair)]
+    return before, [(*tokenizer.encode(text), end) for text in answers]
 
 
 def _answer(
-    tokenizer: Tokenizer, pair: Pair, text: str, prompt: tuple[int, ...]
+    tokenizer: Tokenizer, prompt: Sequence[Message], text: str, before: tuple[int, ...]
 ) -> tuple[int, ...]:
-    chat = encode_chat(tokenizer, [*pair.prompt, Message("model", text)])
+    chat = encode_chat(tokenizer, [*prompt, Message("model", text)])
     end = max(at for at, learned in enumerate(chat.mask) if learned) + 1
-    if chat.ids[: len(prompt)] != prompt or end <= len(prompt):
+    if chat.ids[: len(before)] != before or end <= len(before):
         raise DataError(
             "the chat template writes a prompt otherwise than the beginning of its conversation; "
             "prompts and answers cannot be told apart"
         )
-    return chat.ids[len(prompt) : end]
+    return chat.ids[len(before) : end]
 
 
 def _both(pair: Pair) -> tuple[str, str]:

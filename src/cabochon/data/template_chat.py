@@ -7,13 +7,14 @@ earlier turns; one that does is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from cabochon.core.errors import DataError
 from cabochon.data.templates import render_template
 from cabochon.data.tokenizer import Tokenizer
 
-__all__ = ["encode_template_chat", "encode_template_prompt"]
+__all__ = ["encode_template_chat", "encode_template_prompt", "encode_template_whole"]
 
 
 def encode_template_chat(
@@ -62,6 +63,27 @@ def encode_template_prompt(
         DataError: as in `encode_template_chat`.
     """
     return tokenizer.encode_with_controls(_rendered(tokenizer, messages, open_turn=True))[0]
+
+
+def encode_template_whole(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of all that the template writes, as transformers' apply_chat_template gives them.
+
+    Where messages spell control tokens, which would become real there, all messages are encoded
+    apart from what the template writes around them, as the plain texts that they are.
+
+    Raises:
+        DataError: there is no template, or it refuses the conversation.
+    """
+    if not any(tokenizer.controls_in(each["content"]) for each in messages):
+        return tokenizer.encode_with_controls(_rendered(tokenizer, messages, open_turn=False))[0]
+    marked = [{**each, "content": f"\ue000{at}\ue001"} for at, each in enumerate(messages)]
+    ids: list[int] = []
+    for part in re.split("(\ue000\\d+\ue001)", _rendered(tokenizer, marked, open_turn=False)):
+        if part.startswith("\ue000"):
+            ids += tokenizer.encode(messages[int(part[1:-1])]["content"])
+        else:
+            ids += tokenizer.encode_with_controls(part)[0]
+    return ids
 
 
 def _rendered(

@@ -250,6 +250,17 @@ class Tokenizer:
             raise
         return [[*before, *each.ids, *after] for each in encoded]
 
+    def encode_framed(self, text: str) -> list[int]:
+        """Token ids with whatever control tokens tokenizer.json puts around any text.
+
+        That is what transformers' tokenizer gives for a text; those written out in it are plain.
+
+        Raises:
+            DataError: `text` is no valid Unicode text.
+        """
+        _refuse_if_not_text(0, text)
+        return list(self._plain.encode(text, add_special_tokens=True).ids)
+
     def encode_with_controls(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids, and the character at which each begins, of a rendered chat template.
 

@@ -1,8 +1,13 @@
-"""Rewards that judge one completion's text at a time, from a function of two strings."""
+"""Rewards that judge texts: one completion at a time, or all of them together.
+
+A function of two strings judges one at a time. What had better see many at once, such as a model
+with a tokenizer of its own, is asked for all, and in a chat it sees the turns of the prompt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,15 +15,34 @@ from torch import Tensor
 
 from cabochon.core import Group, RewardFn
 from cabochon.core.errors import DataError
+from cabochon.data.chat import Message
 from cabochon.rewards.deadlines import Overdue, within
 
-__all__ = ["Decode", "Judge", "judged"]
+__all__ = ["Decode", "Exchange", "Judge", "TextsJudge", "Turns", "judged", "judged_together"]
 
 Judge = Callable[[str, str], float]
 """(prompt, completion) -> how good the completion is; True and False are 1 and 0."""
 
 Decode = Callable[[Iterable[int]], str]
 """Token ids -> text without control tokens, as `Tokenizer.decode` gives it."""
+
+Turns = Callable[[Sequence[int]], Sequence[Message]]
+"""A prompt's token ids -> the turns of its conversation, the last one the user's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """A completion as text, and what it goes on from."""
+
+    prompt: str | tuple[Message, ...]
+    """The beginning of a text, or the turns of a conversation, the last one the user's."""
+    completion: str
+    name: str
+    """How a message calls it."""
+
+
+TextsJudge = Callable[[Sequence[Exchange]], Tensor]
+"""n exchanges -> n float32: how good the completion of each is."""
 
 EXCERPT = 120
 """Characters of a prompt and of a completion that a message quotes."""
@@ -49,6 +73,36 @@ def judged(judge: Judge, decode: Decode, *, timeout_s: float = 10.0) -> RewardFn
                 ]
             )
         return torch.tensor(rows, dtype=torch.float32)
+
+    return reward
+
+
+def judged_together(judge: TextsJudge, decode: Decode, turns: Turns | None = None) -> RewardFn:
+    """The reward that asks `judge` of the texts of all completions at once.
+
+    Args:
+        judge: sees texts without control tokens.
+        decode: of the tokenizer that the tokens are of.
+        turns: of the same; None where prompts are the beginnings of plain texts.
+
+    Returns:
+        A reward that raises DataError for a prompt that `turns` cannot take apart; names it.
+    """
+
+    def reward(groups: Sequence[Group]) -> Tensor:
+        found = []
+        for place, group in enumerate(groups):
+            ids = group.prompt.tolist()
+            text = decode(ids)
+            try:
+                prompt = text if turns is None else tuple(turns(ids))
+            except DataError as error:
+                raise DataError(f"prompt {place}: {_excerpt(text)}: {error}") from error
+            for sample, each in enumerate(group.completions):
+                said = decode(each.tokens.tolist())
+                name = _quoted(f"prompt {place}, sample {sample}", text, said)
+                found.append(Exchange(prompt=prompt, completion=said, name=name))
+        return judge(found).reshape(len(groups), -1)
 
     return reward
 
