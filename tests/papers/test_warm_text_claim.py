@@ -36,7 +36,8 @@ from cabochon.training.optimizers import OptimizerConfig, adamw
 ANSWER, PROMPT = 160, 20
 """Characters that are kept: of an answer the first, of the last thing said to it the last."""
 
-CONTEXT, WIDTH, PRETRAINING = 96, 64, 24
+CONTEXT, WIDTH, LAYERS, PRETRAINING = 96, 64, 1, 24
+PROBE_RATE, RATES = 1e-2, (1e-3, 2e-3)
 
 
 def split(data: Path, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -68,7 +69,7 @@ def starts(rows: list[dict[str, str]], folder: Path) -> tuple[str, ...]:
     texts = [f"{row['prompt']}\n{row[side]}" for row in rows for side in ("chosen", "rejected")]
     tokenizer: Tokenizer = train_tokenizer(texts, 2000)
     config = GemmaConfig(
-        vocab_size=tokenizer.vocab_size, width=WIDTH, layers=1, heads=4, kv_heads=2,
+        vocab_size=tokenizer.vocab_size, width=WIDTH, layers=LAYERS, heads=4, kv_heads=2,
         head_width=WIDTH // 4, ffn_width=2 * WIDTH, query_scalar=WIDTH // 4, window=CONTEXT,
         attention_cap=50.0, final_cap=30.0, post_norms=True, context=CONTEXT,
         pad_id=tokenizer.control("pad"), eos_id=tokenizer.control("eos"),
@@ -103,9 +104,9 @@ def averaged(data: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
         flipped=0.25,
         steps=60,
         batch_size=64,
-        learning_rates=(1e-3, 2e-3),
+        learning_rates=RATES,
         probe_steps=20,
-        probe_learning_rate=1e-2,
+        probe_learning_rate=PROBE_RATE,
         context=CONTEXT,
         too_long="drop",
         unusable="drop",
