@@ -40,7 +40,8 @@ class Broken(Counting):
     def reset(self, *, seed=None, options=None):
         if self.how == "raise_in_reset":
             raise RuntimeError("the cartridge is missing")
-        return super().reset(seed=seed)
+        began = super().reset(seed=seed)
+        return None if self.how == "none_in_reset" else began
 
     def step(self, action):
         seen, reward, over, cut, info = super().step(action)
@@ -55,7 +56,43 @@ class Broken(Counting):
                 seen = seen * np.nan
             if self.how == "other_shape":
                 seen = seen[:2]
+            if self.how == "exit":
+                raise SystemExit(3)
+            rewards = {"no_reward": None, "two_rewards": np.ones(2), "text_reward": "1",
+                       "huge_reward": 1e39}  # fmt: skip
+            reward = rewards.get(self.how, reward)
+            over = None if self.how == "no_flag" else over
+            if self.how == "four_values":
+                return seen, reward, over, info
         return seen, reward, over, cut, info
+
+
+class Rewriting(Counting):
+    """Gives the same array each time, written into again."""
+
+    def _seen(self, action):
+        if not hasattr(self, "kept"):
+            self.kept = np.zeros(3, np.float32)
+        self.kept[:] = super()._seen(action)
+        return self.kept
+
+
+class Numbered(Counting):
+    """Sees the time; its space ends before its episodes do."""
+
+    observation_space = gymnasium.spaces.Discrete(3)
+
+    def _seen(self, action):
+        return self.now
+
+
+class Unlicensed(Counting):
+    def __init__(self):
+        raise RuntimeError("there is no licence")
+
+
+class Blind(Counting):
+    observation_space = gymnasium.spaces.Box(-1, 1, (0,), np.float32)
 
 
 class Slow(Counting):
@@ -85,7 +122,8 @@ class Moving(gymnasium.Env):
 
 
 NAMES = {"Counting": Counting, "Broken": Broken, "Slow": Slow, "Forgetful": Forgetful,
-         "Moving": Moving}  # fmt: skip
+         "Moving": Moving, "Rewriting": Rewriting, "Numbered": Numbered,
+         "Unlicensed": Unlicensed, "Blind": Blind}  # fmt: skip
 for name, kind in NAMES.items():
     if f"cabochon-tests/{name}-v0" not in gymnasium.registry:
         gymnasium.register(f"cabochon-tests/{name}-v0", entry_point=kind)

@@ -74,6 +74,13 @@ def test_an_environment_that_is_not_the_same_again_is_noticed():
         ("nan_reward", NonFinite, "gave the reward nan"),
         ("nan_observation", NonFinite, "observation that is not finite"),
         ("other_shape", DataError, "its space says"),
+        ("exit", DataError, "raised SystemExit in step: 3"),
+        ("four_values", DataError, "gave 4 values in step, expected 5 values"),
+        ("no_reward", DataError, "gave the reward None, expected a number"),
+        ("two_rewards", DataError, r"gave the reward array\(\[1., 1.\]\), expected a number"),
+        ("text_reward", DataError, "gave the reward '1', expected a number"),
+        ("huge_reward", NonFinite, r"gave the reward 1e\+39, no finite float32"),
+        ("no_flag", DataError, "said None of the end of its episode, expected a bool"),
     ],
 )
 def test_misbehaviour_is_named_with_its_place(how, kind, words):
@@ -85,6 +92,26 @@ def test_misbehaviour_is_named_with_its_place(how, kind, words):
         envs.step(np.array([0, 0]))
     assert "environment 0 (small_environments:" in str(error.value)
     assert "episode 0 of run 4" in str(error.value)
+
+
+def test_what_an_environment_gives_when_it_begins_is_checked_too():
+    with pytest.raises(DataError, match="gave NoneType in reset, expected 2 values"):
+        opened("Broken", how="none_in_reset").reset(0)
+    envs = opened("Numbered")
+    envs.reset(0)
+    for _ in range(2):
+        envs.step(np.array([0, 0]))
+    with pytest.raises(DataError, match=r"the observation 3, outside of its space Discrete\(3\)"):
+        envs.step(np.array([0, 0]))
+
+
+def test_an_array_that_an_environment_writes_into_again_is_kept_as_it_was():
+    one, other = opened(length=2), opened("Rewriting", length=2)
+    one.reset(0), other.reset(0)
+    for _ in range(4):
+        expected, found = one.step(np.array([1, 2])), other.step(np.array([1, 2]))
+        np.testing.assert_array_equal(expected.observation, found.observation)
+        np.testing.assert_array_equal(expected.final_observation, found.final_observation)
 
 
 @pytest.mark.parametrize("action", [-1, 3])
@@ -102,6 +129,10 @@ def test_environments_that_cannot_be_made_or_played_say_why():
         signature_of(EnvironmentSpec(name="CartPole-v1", options={"colour": "red"}))
     with pytest.raises(ConfigError, match="Discrete"):
         signature_of(EnvironmentSpec(name=f"{PREFIX}Moving-v0"))
+    with pytest.raises(ConfigError, match="cannot be made: there is no licence"):
+        signature_of(EnvironmentSpec(name=f"{PREFIX}Unlicensed-v0"))
+    with pytest.raises(ConfigError, match=r"without a number, of shape \(0,\)"):
+        signature_of(EnvironmentSpec(name=f"{PREFIX}Blind-v0"))
     with pytest.raises(ConfigError, match="at least 1"):
         EnvironmentSpec(name="CartPole-v1", max_episode_steps=0)
 

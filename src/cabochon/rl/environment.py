@@ -37,6 +37,8 @@ __all__ = [
 
 Array = NDArray[Any]
 NO_ROWS = np.zeros(0, np.int64)
+FLOAT32_MOST = float(np.finfo(np.float32).max)
+"""Rewards are kept, and observations read, as float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,7 @@ def gymnasium_environment(spec: EnvironmentSpec, **more: Any) -> Any:
         return gymnasium.make(spec.name, disable_env_checker=True, **more)
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigError(f"{spec.name} lacks what it needs: {error}") from error
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a foreign environment raises, it is named
         options = f" with {json.dumps(dict(spec.options))}" if spec.options else ""
         raise ConfigError(f"{spec.name} cannot be made{options}: {error}") from error
 
@@ -251,7 +253,7 @@ class GymnasiumEnvironments:
             if over or cut:
                 terminated[row], truncated[row] = over, cut and not over
                 ended.append(row)
-                finals.append(seen)
+                finals.append(seen.copy())  # environments write into their arrays again
                 returns.append(self.returns[row])
                 lengths.append(len(self.actions[row]))
                 self.episode[row] += 1
@@ -304,7 +306,7 @@ class GymnasiumEnvironments:
     def _begin(self, row: int) -> Array:
         self.actions[row], self.returns[row] = [], 0.0
         seed = seed_of(self.key, int(self.ids[row]), self.run, self.episode[row])
-        observation, _ = self._asked(row, lambda: self.envs[row].reset(seed=seed), "reset")
+        observation, _ = self._asked(row, lambda: self.envs[row].reset(seed=seed), "reset", 2)
         return self._plain(row, observation)
 
     def _step(self, row: int, action: int) -> tuple[Array, float, bool, bool]:
@@ -314,21 +316,44 @@ class GymnasiumEnvironments:
                 f"0 to {self.signature.actions - 1}"
             )
         env, chosen = self.envs[row], action + self._offset
-        observation, reward, over, cut, _ = self._asked(row, lambda: env.step(chosen), "step")
+        observation, reward, over, cut, _ = self._asked(row, lambda: env.step(chosen), "step", 5)
         self.actions[row].append(action)
-        reward = float(reward)
-        if not math.isfinite(reward):
-            raise NonFinite(f"{self._where(row)} gave the reward {reward}; mend the environment")
-        self.returns[row] += reward
-        return self._plain(row, observation), reward, bool(over), bool(cut)
+        gained = self._reward(row, reward)
+        self.returns[row] += gained
+        return self._plain(row, observation), gained, self._flag(row, over), self._flag(row, cut)
 
-    def _asked(self, row: int, ask: Callable[[], Any], verb: str) -> Any:
+    def _asked(self, row: int, ask: Callable[[], Any], verb: str, values: int) -> Any:
         try:
-            return ask()
-        except Exception as error:  # whatever a foreign environment raises, it is named
+            answer = ask()
+        except (Exception, SystemExit) as error:  # whatever a foreign environment raises
             raise DataError(
                 f"{self._where(row)} raised {type(error).__name__} in {verb}: {error}"
             ) from error
+        if not isinstance(answer, tuple) or len(answer) != values:
+            came = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
+            raise DataError(f"{self._where(row)} gave {came} in {verb}, expected {values} values")
+        return answer
+
+    def _reward(self, row: int, reward: Any) -> float:
+        if type(reward) is not float:
+            if np.ndim(reward) != 0 or np.asarray(reward).dtype.kind not in "fiub":
+                raise DataError(f"{self._where(row)} gave the reward {reward!r}, expected a number")
+            reward = float(reward)
+        if not abs(reward) <= FLOAT32_MOST:
+            raise NonFinite(
+                f"{self._where(row)} gave the reward {reward}, no finite float32; mend the "
+                "environment"
+            )
+        return reward
+
+    def _flag(self, row: int, flag: Any) -> bool:
+        if type(flag) is bool:
+            return flag
+        if np.ndim(flag) != 0 or np.asarray(flag).dtype.kind not in "biu":
+            raise DataError(
+                f"{self._where(row)} said {flag!r} of the end of its episode, expected a bool"
+            )
+        return bool(flag)
 
     def _plain(self, row: int, observation: Any) -> Array:
         array: Array = np.asarray(observation)
@@ -339,8 +364,14 @@ class GymnasiumEnvironments:
                 f"{self._where(row)} gave an observation of {array.dtype} and shape {array.shape}, "
                 f"its space says {self._dtype} and {self._shape}"
             )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise NonFinite(f"{self._where(row)} gave an observation that is not finite")
+        if array.dtype.kind == "f" and not (np.abs(array) <= FLOAT32_MOST).all():
+            raise NonFinite(f"{self._where(row)} gave an observation that is not finite as float32")
+        kinds = self.signature.kinds
+        if kinds and not 0 <= array < kinds:
+            raise DataError(
+                f"{self._where(row)} gave the observation {observation}, outside of its space "
+                f"{self.envs[row].observation_space}"
+            )
         return array
 
     def _where(self, row: int) -> str:
@@ -373,4 +404,6 @@ def _signature(name: str, seen: Any, done: Any) -> tuple[Signature, int]:
             "environment with gymnasium's FlattenObservation"
         )
     shape = tuple(int(each) for each in seen.shape)
+    if 0 in shape:
+        raise ConfigError(f"{name} gives observations without a number, of shape {shape}")
     return Signature(shape=shape, dtype=str(seen.dtype), actions=actions), offset
