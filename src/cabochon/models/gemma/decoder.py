@@ -24,6 +24,7 @@ from cabochon.core.types import LinearPrediction, TokenBatch
 from cabochon.models.gemma.cache import Attend, GemmaCache
 from cabochon.models.gemma.compiled import CompiledStep, Logits, refuse_without_compiler
 from cabochon.models.gemma.config import GemmaConfig
+from cabochon.models.gemma.distinct import Distinct, distinct_tokens
 from cabochon.models.gemma.kernels import (
     Visibility,
     geglu_linear,
@@ -155,7 +156,7 @@ class Gemma(nn.Module):
         self, batch: TokenBatch, cache: GemmaCache | None
     ) -> LinearPrediction | PackedPrediction | Logits:
         if cache is None:
-            return self._predict(batch, self._mixes(batch))
+            return self._predict(batch, self._mixes(batch), distinct_tokens(batch))
         if cache.config is not self.config and cache.config != self.config:
             raise DataError(
                 "the cache is of a model of another configuration (its window, perhaps); make it "
@@ -265,9 +266,13 @@ class Gemma(nn.Module):
             for window in config.layer_windows
         ]
 
-    def _predict(self, batch: TokenBatch, mixes: list[Mix]) -> LinearPrediction:
-        config, weight = self.config, self.embedding
-        x = embedding(batch.tokens, weight) * _embedding_scale(config.width, weight.dtype)
+    def _predict(
+        self, batch: TokenBatch, mixes: list[Mix], distinct: Distinct | None = None
+    ) -> LinearPrediction:
+        config, weight, tokens = self.config, self.embedding, batch.tokens
+        if distinct is not None:
+            tokens, mixes = distinct.gather(tokens), [_spread(mix, distinct) for mix in mixes]
+        x = embedding(tokens, weight) * _embedding_scale(config.width, weight.dtype)
         cos, sin = _rotation(batch.positions, config, weight.dtype)
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block, mix in zip(self.blocks, mixes, strict=True):
@@ -276,7 +281,18 @@ class Gemma(nn.Module):
             else:
                 x = block(x, cos, sin, mix)
         hidden = rms_norm(x, self.final_norm, config.norm_eps)
+        if distinct is not None:
+            hidden = distinct.spread(hidden)
         return LinearPrediction(hidden=hidden, head=weight, cap=config.final_cap)
+
+
+def _spread(mix: Mix, distinct: Distinct) -> Mix:
+    """What mixes the tokens of a batch, for the distinct ones alone."""
+
+    def mix_distinct(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return distinct.gather(mix(distinct.spread(qkv), cos, sin))
+
+    return mix_distinct
 
 
 def _rotated(attend: Attend, heads: int) -> Mix:

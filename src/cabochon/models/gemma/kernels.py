@@ -186,10 +186,10 @@ def _normalised(flat: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
     scale = _scale(weight)
     (buffer,) = _buffers(flat, flat.shape[1], 1)
     for block in _blocks(flat, flat.shape[1], _BLOCK_ELEMENTS):
-        x, over = buffer[: block.stop - block.start].copy_(flat[block]), inverse[block]
+        x, over = _widened(flat[block], buffer), inverse[block]
         torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=over)
         over.square_().div_(flat.shape[1]).add_(eps).rsqrt_()
-        normed[block] = x.mul_(over).mul_(scale)
+        _scaled(x, over, scale, normed[block])
     return normed, inverse
 
 
@@ -198,9 +198,16 @@ def _rescaled(flat: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     scale = _scale(weight)
     (buffer,) = _buffers(flat, flat.shape[1], 1)
     for block in _blocks(flat, flat.shape[1], _BLOCK_ELEMENTS):
-        x = buffer[: block.stop - block.start].copy_(flat[block])
-        normed[block] = x.mul_(inverse[block]).mul_(scale)
+        _scaled(_widened(flat[block], buffer), inverse[block], scale, normed[block])
     return normed
+
+
+def _scaled(x: Tensor, over: Tensor, scale: Tensor, out: Tensor) -> None:
+    """X * over * scale into `out`; `x` is used up where `out` is of another type."""
+    if out.dtype == x.dtype:
+        torch.mul(x, over, out=out).mul_(scale)
+    else:
+        out.copy_(x.mul_(over).mul_(scale))
 
 
 def _norm_gradients(
@@ -214,12 +221,13 @@ def _norm_gradients(
     for block in _blocks(flat, flat.shape[1], _BLOCK_ELEMENTS):
         unit, by_unit, product = (buffer[: block.stop - block.start] for buffer in buffers)
         over = inverse[block]
-        unit.copy_(flat[block]).mul_(over)
-        by_unit.copy_(grad[block])
+        torch.mul(_widened(flat[block], unit), over, out=unit)
+        by_unit = _widened(grad[block], by_unit)
         torch.mul(by_unit, unit, out=product)
         by_weight += product.sum(0)
         along = torch.mv(product, scale).div_(-flat.shape[1]).unsqueeze_(-1)
-        by_x[block] = torch.addcmul(unit.mul_(along), by_unit, scale, out=product).mul_(over)
+        torch.addcmul(unit.mul_(along), by_unit, scale, out=product)
+        _multiplied(product, over, by_x[block])
     return by_x, by_weight.to(weight.dtype)
 
 
@@ -234,12 +242,9 @@ def _gated(flat: Tensor) -> Tensor:
     a = torch.full((), _GELU_A, dtype=wide_dtype(flat.dtype), device=flat.device)
     x, s = _buffers(flat, width, 2)
     for block in _blocks(flat, width, _BLOCK_ELEMENTS):
-        size = block.stop - block.start
-        x_, s_ = x[:size], s[:size]
-        x_.copy_(flat[block, :width])
-        torch.addcmul(a, x_, x_, value=_GELU_B, out=s_).mul_(x_).sigmoid_().mul_(x_)
-        x_.copy_(flat[block, width:])
-        gated[block] = s_.mul_(x_)
+        gate, slope = _widened(flat[block, :width], x), s[: block.stop - block.start]
+        torch.addcmul(a, gate, gate, value=_GELU_B, out=slope).mul_(gate).sigmoid_().mul_(gate)
+        _multiplied(slope, _widened(flat[block, width:], x), gated[block])
     return gated
 
 
@@ -250,19 +255,31 @@ def _gated_gradients(grad: Tensor, flat: Tensor, gated: Tensor | None) -> Tensor
     a = torch.full((), _GELU_A, dtype=wide_dtype(flat.dtype), device=flat.device)
     buffers = _buffers(flat, width, 5)
     for block in _blocks(flat, width, _BLOCK_ELEMENTS):
-        x, up, by_gated, s, slope = (buffer[: block.stop - block.start] for buffer in buffers)
-        x.copy_(flat[block, :width])
-        up.copy_(flat[block, width:])
-        by_gated.copy_(grad[block])
+        parts = flat[block, :width], flat[block, width:], grad[block]
+        x, up, by_gated = map(_widened, parts, buffers)
+        s, slope = (buffer[: block.stop - block.start] for buffer in buffers[3:])
         torch.addcmul(a, x, x, value=_GELU_B, out=s).mul_(x).sigmoid_()
         torch.addcmul(a, x, x, value=3.0 * _GELU_B, out=slope).mul_(x)
         torch.ops.aten.sigmoid_backward.grad_input(slope, s, grad_input=slope).add_(s)
-        gelu = x.mul_(s)
-        if gated is not None:
-            gated[block] = torch.mul(gelu, up, out=s)
-        by_gate_up[block, width:] = gelu.mul_(by_gated)
-        by_gate_up[block, :width] = slope.mul_(up).mul_(by_gated)
+        gelu = s.mul_(x)
+        _multiplied(slope.mul_(up), by_gated, by_gate_up[block, :width])
+        _multiplied(by_gated, gelu, by_gate_up[block, width:])
+        if gated is not None:  # last: it may lie where `grad` does
+            _multiplied(gelu, up, gated[block])
     return by_gate_up
+
+
+def _multiplied(one: Tensor, other: Tensor, out: Tensor) -> None:
+    """One * other into `out`; `one` is used up where `out` is of another type."""
+    if out.dtype == one.dtype:
+        torch.mul(one, other, out=out)
+    else:
+        out.copy_(one.mul_(other))
+
+
+def _widened(part: Tensor, buffer: Tensor) -> Tensor:
+    """`part` in the type of a buffer of at least its rows: itself, or copied there."""
+    return part if part.dtype == buffer.dtype else buffer[: len(part)].copy_(part)
 
 
 def _buffers(flat: Tensor, width: int, count: int) -> tuple[Tensor, ...]:
