@@ -12,7 +12,6 @@ Needs the extra `rl`; names such as ALE/Pong-v5 need `atari`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -338,13 +337,13 @@ class GymnasiumEnvironments:
         if type(reward) is not float:
             if np.ndim(reward) != 0 or np.asarray(reward).dtype.kind not in "fiub":
                 raise DataError(f"{self._where(row)} gave the reward {reward!r}, expected a number")
-            reward = float(reward)
-        if not abs(reward) <= FLOAT32_MOST:
+        gained = float(reward)
+        if not abs(gained) <= FLOAT32_MOST:
             raise NonFinite(
                 f"{self._where(row)} gave the reward {reward}, no finite float32; mend the "
                 "environment"
             )
-        return reward
+        return gained
 
     def _flag(self, row: int, flag: Any) -> bool:
         if type(flag) is bool:
