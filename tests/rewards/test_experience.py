@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from cabochon.core import Completion, Group, Key, TokenBatch
 from cabochon.core.errors import DataError, FolderError
 from cabochon.data.rlds.frames import whole_frames
 from cabochon.data.rlds.reader import Episodes, validate
+from cabochon.data.rlds.records import episode_of
+from cabochon.data.rlds.writer import EpisodeWriter
 from cabochon.generation.engine import Settings, generate
 from cabochon.models.gemma import Gemma, preset
 from cabochon.rewards.experience import Experience, continued, draw, gains
-from cabochon.rewards.records import recorder, replayed
+from cabochon.rewards.records import recorded, recorder, replayed
 from cabochon.rewards.returns import due
 from cabochon.rewards.scores import Scores
 
@@ -241,6 +244,17 @@ def test_a_process_that_is_killed_while_it_records_leaves_whole_micro_batches(
     assert len(found) == 5
     for number, each in enumerate(found):
         assert_same(each, experience(number, seed=int(number == 3)))
+
+
+def test_episodes_of_something_else_are_no_records(tmp_path: Path) -> None:
+    seen = {"place": np.zeros(3, np.float32)}
+    walk = episode_of(
+        observations=seen, actions=np.zeros(2, np.int64), rewards=np.zeros(2), terminated=True
+    )
+    with EpisodeWriter(tmp_path / "walk") as writer:
+        writer.write(walk)
+    with pytest.raises(DataError, match="kind None, expected 'language rollouts'"):
+        recorded(tmp_path / "walk")
 
 
 def test_what_is_recalled_ends_where_a_micro_batch_is_missing(tmp_path: Path) -> None:

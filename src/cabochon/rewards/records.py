@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from cabochon.core.errors import DataError
-from cabochon.data.rlds.layout import is_dataset
+from cabochon.data.rlds.layout import is_dataset, read_notes
 from cabochon.data.rlds.reader import Episodes
-from cabochon.data.rlds.rollouts import Rollout, open_rollouts, rollouts_of, write_rollouts
+from cabochon.data.rlds.rollouts import (
+    KIND,
+    Rollout,
+    open_rollouts,
+    rollouts_of,
+    write_rollouts,
+)
 from cabochon.data.rlds.writer import EpisodeWriter
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.rewards.experience import Experience
@@ -202,8 +208,15 @@ def recorded(folder: Path, *, rank: int = 0) -> int:
 
     Raises:
         FolderError: there are no records.
+        DataError: the episodes are no language rollouts.
     """
     episodes = Episodes(folder, _split(rank))
+    kind = read_notes(folder).get("kind")
+    if kind != KIND:
+        raise DataError(
+            f"{folder} holds episodes of kind {kind!r}, expected {KIND!r} (cabochon.json); name a "
+            "run of a language model that recorded its rollouts"
+        )
     return int(episodes[-1].metadata["batch"]) + 1 if len(episodes) else 0
 
 

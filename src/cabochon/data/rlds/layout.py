@@ -110,8 +110,15 @@ def _lie_below(place: Path) -> list[Path]:
 
 
 def read_spec(folder: Path) -> Spec:
-    """From `features.json`."""
-    return Spec.from_json(_json(folder / FEATURES))
+    """From `features.json`.
+
+    Raises:
+        DataError: it is not what it should be; the file is named.
+    """
+    try:
+        return Spec.from_json(_json(folder / FEATURES))
+    except DataError as error:
+        raise DataError(f"{folder / FEATURES}: {error}") from error
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
