@@ -94,7 +94,7 @@ class Inference:
         ids = arrival.ids
         anew = self.run[ids] != arrival.run
         self._forget(ids[anew], arrival.run[anew])
-        rows = torch.from_numpy(ids).to(self.device)
+        rows = self._rows(ids)
         return self.store.arrive(arrival, [part[rows].cpu().numpy() for part in self.memory])
 
     def answer(self, arrival: Arrival) -> Array:
@@ -104,7 +104,7 @@ class Inference:
             NonFinite: the network says something that is not finite.
         """
         ids = arrival.ids
-        rows = torch.from_numpy(ids).to(self.device)
+        rows = self._rows(ids)
         with self.weights_lock, torch.inference_mode():
             version = self.version
             outputs, after = self.network(
@@ -120,7 +120,7 @@ class Inference:
         actions = self.choose(outputs, ids, self._uniform(ids))
         self.store.choose(ids, actions, said, version)
         for part, new in zip(self.memory, after, strict=True):
-            part[rows] = new.clone()
+            part[rows] = new
         self.previous[ids] = actions
         self.steps[ids] += 1
         return actions
@@ -146,6 +146,12 @@ class Inference:
         self.store.restore(
             {k.removeprefix("store."): v for k, v in saved.items() if k.startswith("store.")}
         )
+
+    def _rows(self, ids: Array) -> slice | Tensor:
+        """Where these environments' memory is: a slice, that copies nothing, if there is one."""
+        if (np.diff(ids) == 1).all():
+            return slice(int(ids[0]), int(ids[-1]) + 1)
+        return torch.from_numpy(ids).to(self.device)
 
     def _forget(self, ids: Array, run: Array) -> None:
         """These environments were begun anew by another actor."""

@@ -13,6 +13,7 @@ from cabochon.models.agents.networks import (
     build,
     policy_and_value,
 )
+from cabochon.models.agents.recurrent import Frames
 
 VECTOR = Signature(shape=(4,), dtype="float32", actions=3)
 PICTURE = Signature(shape=(36, 36), dtype="uint8", actions=3)
@@ -85,21 +86,20 @@ def test_a_final_observation_is_valued_as_if_the_episode_went_on(config, signatu
 
 
 def test_frames_are_stacked_as_a_loop_would():
-    from cabochon.models.agents.recurrent import stack_frames
-
     draw = torch.Generator().manual_seed(0)
     seen = torch.rand(9, 4, 2, generator=draw)
     first = torch.rand(9, 4, generator=draw) < 0.3
     state = torch.rand(4, 2, 2, generator=draw)
-    stacked = stack_frames(seen, first, state)
+    frames = Frames.of(seen, first, state)
+    stacked, after = frames.stacked(), frames.state()
     for b in range(4):
         past = list(state[b])
         for t in range(9):
             if first[t, b]:
                 past = [torch.zeros(2), torch.zeros(2)]
-            torch.testing.assert_close(stacked.frames[t, b], torch.stack([*past, seen[t, b]]))
+            torch.testing.assert_close(stacked[t, b], torch.stack([*past, seen[t, b]]))
             past = [past[1], seen[t, b]]
-        torch.testing.assert_close(stacked.state[b], torch.stack(past))
+        torch.testing.assert_close(after[b], torch.stack(past))
 
 
 def test_one_of_several_kinds_is_seen_as_one_hot():

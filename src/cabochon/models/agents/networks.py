@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from cabochon.core import Key
 from cabochon.core.errors import ConfigError
-from cabochon.models.agents.convolutional import convolutions, mlp
-from cabochon.models.agents.recurrent import run_lstm, stack_frames
+from cabochon.models.agents.convolutional import convolutions, convolved, mlp
+from cabochon.models.agents.recurrent import Frames, run_lstm
 
 __all__ = [
     "AgentNetwork",
@@ -198,12 +198,9 @@ class AgentNetwork(nn.Module):
             finals: observations that ended episodes cut short; they change no state.
         """
         rest = list(state)
-        stacked = observation.unsqueeze(2)
-        after: State = ()
-        if self.config.frame_stack > 1:
-            frames = stack_frames(observation, first, rest.pop(0))
-            stacked, after = frames.frames, (frames.state,)
-        seen = self._seen(stacked.flatten(0, 1)).unflatten(0, first.shape)
+        frames = Frames.of(observation, first, rest.pop(0) if self.config.frame_stack > 1 else None)
+        after: State = (frames.state(),) if self.config.frame_stack > 1 else ()
+        seen = self._seen(frames).unflatten(0, first.shape)
         features = self._with_previous(seen, previous_action, reward, ~first)
         ended: dict[int, tuple[Tensor, Tensor]] = {}
         if self.lstm is not None:
@@ -213,22 +210,22 @@ class AgentNetwork(nn.Module):
         shaped = {name: value.unflatten(0, first.shape) for name, value in outputs.items()}
         said: Mapping[str, Tensor] = {}
         if finals is not None and len(finals.time):
-            said = self._finals(finals, stacked, previous_action, reward, ended)
+            said = self._finals(finals, frames, previous_action, reward, ended)
         return Unrolled(shaped, after, said)
 
     def _finals(
         self,
         finals: Finals,
-        stacked: Tensor,
+        frames: Frames,
         previous_action: Tensor,
         reward: Tensor,
         ended: Mapping[int, tuple[Tensor, Tensor]],
     ) -> Mapping[str, Tensor]:
         """What would have been said of the final observations, had the episodes gone on."""
         time, row = finals.time, finals.row
-        frames = torch.cat([stacked[time - 1, row, 1:], finals.observation.unsqueeze(1)], 1)
+        seen = self._seen(frames.ended(time, row, finals.observation))
         features = self._with_previous(
-            self._seen(frames), previous_action[time, row], reward[time, row], torch.ones_like(time)
+            seen, previous_action[time, row], reward[time, row], torch.ones_like(time)
         )
         if self.lstm is not None:
             places = list(zip(time.tolist(), row.tolist(), strict=True))
@@ -239,23 +236,17 @@ class AgentNetwork(nn.Module):
         said: Mapping[str, Tensor] = self.head(features)
         return said
 
-    def _seen(self, frames: Tensor) -> Tensor:
-        """n k ... observations to n D features."""
-        signature = self.signature
-        if signature.kinds:
-            frames = nn.functional.one_hot(frames.long(), signature.kinds).float()
-        elif signature.is_picture:
-            frames = _channels_first(frames, signature.shape)
-            if self.convolves:
-                # Convolutions are up to three times quicker with a pixel's channels side by side,
-                # and bytes are quicker to move there than floats.
-                channels_last = torch.channels_last
-                frames = frames.flatten(1, 2).contiguous(memory_format=channels_last)
-            frames = frames.float().div_(255.0)
-        else:
-            frames = frames.float()
-        # For convolutions frames and channels are one axis.
-        features: Tensor = self.torso(frames if self.convolves else frames.flatten(1))
+    def _seen(self, frames: Frames) -> Tensor:
+        """What the torso says of each observation, T*B D."""
+        if self.signature.is_picture:
+            frames = frames._replace(every=_channels_first(frames.every, self.signature.shape))
+        if self.convolves:
+            return convolved(self.torso, frames)
+        stacked = frames.stacked().flatten(0, 1)
+        if self.signature.kinds:
+            stacked = nn.functional.one_hot(stacked.long(), self.signature.kinds)
+        stacked = stacked.flatten(1).float()
+        features: Tensor = self.torso(stacked / 255.0 if self.signature.is_picture else stacked)
         return features
 
     def _with_previous(
@@ -276,7 +267,7 @@ def build(config: NetworkConfig, signature: Signature, head: Head, key: Key) -> 
         return AgentNetwork(config, signature, head)
 
 
-def _torso(config: NetworkConfig, signature: Signature) -> tuple[nn.Module, int, bool]:
+def _torso(config: NetworkConfig, signature: Signature) -> tuple[nn.Sequential, int, bool]:
     """The module, the width of its features, and whether it takes pictures."""
     kind = config.torso
     if kind == "auto":
@@ -309,7 +300,7 @@ def _as_channels(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _channels_first(frames: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """n k C H W, from the axes as the environment has them."""
+    """N B C H W, from the axes as the environment has them."""
     if len(shape) == 2:
         return frames.unsqueeze(2)
     return frames.movedim(-1, 2) if shape[-1] in (1, 3, 4) else frames

@@ -12,38 +12,63 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stacked", "run_lstm", "stack_frames"]
+__all__ = ["Frames", "run_lstm"]
 
 
-class Stacked(NamedTuple):
-    """Observations together with those before them."""
+class Frames(NamedTuple):
+    """T observations of B rows, each with the k - 1 before it in the same episode."""
 
-    frames: Tensor
-    """T B k ...: oldest first, the observation itself last."""
-    state: Tensor
-    """B k-1 ...: what the observation after the last will be stacked on."""
+    every: Tensor
+    """k-1+T B ...: what was remembered, then the observations."""
+    seen: Tensor
+    """T B k bool: the window `every[t : t + k]`, without what an earlier episode showed."""
 
+    @staticmethod
+    def of(observation: Tensor, first: Tensor, before: Tensor | None) -> Frames:
+        """The windows of an unroll.
 
-def stack_frames(observation: Tensor, first: Tensor, state: Tensor) -> Stacked:
-    """Each observation with the k - 1 before it in the same episode; zeros before its beginning.
+        Args:
+            observation: T B ....
+            first: T B bool: the observation begins an episode.
+            before: B k-1 ...: the observations before the first, oldest first; none if k is 1.
+        """
+        if before is None:
+            return Frames(observation, torch.ones_like(first).unsqueeze(2))
+        length, past = len(observation), before.shape[1]
+        # The window's place j is seen if no episode began after it, up to the observation itself.
+        begun = torch.cat([first.new_zeros(past, first.shape[1]), first]).cumsum(0)
+        now = begun[past:]
+        seen = torch.stack([begun[i : i + length] == now for i in range(past + 1)], dim=2)
+        seen[:, :, -1] = True
+        return Frames(torch.cat([before.movedim(1, 0), observation]), seen)
 
-    Args:
-        observation: T B ....
-        first: T B bool: the observation begins an episode.
-        state: B k-1 ...: the observations before the first, oldest first.
-    """
-    before = state.movedim(1, 0)  # k-1 B ...
-    every = torch.cat([before, observation])
-    length, past = len(observation), len(before)
-    windows = torch.stack([every[i : i + length] for i in range(past + 1)], dim=2)
-    # The window's place j is seen if no episode began after it, up to the observation itself.
-    begun = torch.cat([first.new_zeros(past, first.shape[1]), first]).cumsum(0)
-    now = begun[past:]
-    seen = torch.stack([begun[i : i + length] == now for i in range(past + 1)], dim=2)
-    seen[:, :, -1] = True
-    shaped = seen.view(*seen.shape, *[1] * (observation.ndim - 2))
-    frames = windows * shaped
-    return Stacked(frames, frames[-1, :, 1:])
+    def stacked(self) -> Tensor:
+        """T B k ...: oldest first, the observation itself last; zeros for what is not seen."""
+        length, depth = len(self.seen), self.seen.shape[2]
+        if depth == 1:
+            return self.every.unsqueeze(2)
+        windows = torch.stack([self.every[i : i + length] for i in range(depth)], dim=2)
+        return windows * self._over(windows, self.seen)
+
+    def state(self) -> Tensor:
+        """B k-1 ...: what the observation after the last will be stacked on."""
+        last = self.every[len(self.seen) :].movedim(0, 1)
+        return last * self._over(last, self.seen[-1, :, 1:])
+
+    def ended(self, time: Tensor, row: Tensor, observation: Tensor) -> Frames:
+        """Windows that end with other observations (n ...) than those of these times and rows.
+
+        They go on from the times before, as if no episode had begun: 1 n.
+        """
+        past = self.seen.shape[2] - 1
+        before = [self.every[time + i, row] for i in range(past)]
+        seen = torch.cat([self.seen[time - 1, row, 1:], self.seen[time, row, -1:]], 1)
+        return Frames(torch.stack([*before, observation]), seen[None])
+
+    @staticmethod
+    def _over(frames: Tensor, seen: Tensor) -> Tensor:
+        """`seen` with the axes of `frames`."""
+        return seen.view(*seen.shape, *[1] * (frames.ndim - seen.ndim))
 
 
 def run_lstm(
