@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from cabochon.core import Group, Key, LinearPrediction, TokenBatch
+from cabochon.algorithms import bond
+from cabochon.core import Completion, Group, Key, LinearPrediction, TokenBatch
+from cabochon.rewards.experience import Experience
+from cabochon.rewards.scores import Scores
+from cabochon.training.anchors import Anchor
 
 
 class Memory:
@@ -96,3 +100,49 @@ def by_table(reward: Tensor) -> Callable[[Sequence[Group]], Tensor]:
         )
 
     return worth
+
+
+def written(policy: OneToken, worth: Tensor, key: Key, samples: int, **more: object) -> Experience:
+    """`samples` draws after every prompt; the engine would take twenty times as long."""
+    law = policy.law()
+    drawn = law.exp().multinomial(samples, replacement=True, generator=key.generator())
+    logprob = law.gather(1, drawn).float()
+    groups = tuple(
+        Group(
+            prompt=torch.tensor([place]),
+            completions=tuple(
+                Completion(tokens=t, logprob=lp, model_logprob=lp, stopped=True)
+                for t, lp in zip(tokens.split(1), logprobs.split(1), strict=True)
+            ),
+        )
+        for place, (tokens, logprobs) in enumerate(zip(drawn, logprob, strict=True))
+    )
+    return Experience(groups=groups, scores=Scores(total=worth.gather(1, drawn)), **more)  # type: ignore[arg-type]
+
+
+def experiences(
+    config: bond.Config, policy: OneToken, anchor: Anchor[OneToken], worth: Tensor, key: Key
+) -> Iterator[Experience]:
+    """What `bond.experiences` would give, without its engine."""
+    for step in range(config.steps):
+        now = key.fold(step)
+        for writer, model, samples in (
+            ("policy", policy, config.samples), ("anchor", anchor.model, config.anchor_samples),
+        ):  # fmt: skip
+            yield written(
+                model, worth, now.fold(writer), samples, number=step, version=step, writer=writer
+            )
+
+
+class Pairs(nn.Module):
+    """Reads a prompt with its outcome as one of P K signs: a linear map of that knows no bounds."""
+
+    def __init__(self, prompts: int, outcomes: int) -> None:
+        super().__init__()
+        self.prompts, self.outcomes = prompts, outcomes
+
+    def forward(self, batch: TokenBatch) -> LinearPrediction:
+        signs = batch.tokens.clone()
+        signs[:, 1] += batch.tokens[:, 0] * self.outcomes
+        whole = torch.eye(self.prompts * self.outcomes)
+        return LinearPrediction(hidden=whole[signs], head=whole)

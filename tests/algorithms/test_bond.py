@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from one_token_worlds import OneToken, batches, by_table, tabular
-from torch import Tensor
+from one_token_worlds import OneToken, Pairs, batches, by_table, experiences, tabular
+from torch import Tensor, nn
 
 from cabochon.algorithms import bond
 from cabochon.core import Completion, Group, Key, Step, TokenBatch
 from cabochon.core.errors import ConfigError, DataError, NonFinite
-from cabochon.generation.best_of_n import best_of_n_logprob
+from cabochon.generation.best_of_n import best_of_n_logprob, log_quantiles
+from cabochon.models.critic import Critic, critic_of
 from cabochon.models.gemma import Gemma, preset
+from cabochon.rewards.comparison import Drawn
 from cabochon.rewards.experience import Experience
 from cabochon.rewards.records import recorder, replayed
 from cabochon.rewards.scores import Scores
 from cabochon.training import OptimizerConfig, adamw
-from cabochon.training.anchors import Anchor, anchor_of
+from cabochon.training.anchors import Anchor, AnchorConfig, anchor_of
 
 VOCABULARY, EOS, BOS = 40, 1, 2
 GEMMA = replace(
@@ -64,7 +67,10 @@ class Life:
     def __init__(self, config: bond.Config, learning_rate: float = 1e-2) -> None:
         self.config, self.model = config, gemma()
         self.anchor: Anchor[Any] = anchor_of(self.model, config.anchor_config)
-        self.optimizer = adamw(self.model, OptimizerConfig(learning_rate=learning_rate))
+        learned = config.quantile == "learned"
+        self.quantiles = critic_of(self.model, config.quantile_model) if learned else None
+        learning = nn.ModuleList([self.model, *([self.quantiles] if self.quantiles else [])])
+        self.optimizer = adamw(learning, OptimizerConfig(learning_rate=learning_rate))
 
     def run(self, start: int = 0, **more: Any) -> list[Step]:
         taken = start * self.config.accumulate
@@ -74,12 +80,17 @@ class Life:
         return list(
             bond.train(
                 self.config, self.model, self.anchor, more.pop("batches"), self.optimizer,
-                key=Key(5), stop_ids=(EOS,), start=start, **more,
+                key=Key(5), stop_ids=(EOS,), start=start, quantiles=self.quantiles, **more,
             )
         )  # fmt: skip
 
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside model and optimizer."""
+        return {**self.anchor.state, **(self.quantiles.state() if self.quantiles else {})}
+
     def bits(self) -> list[Tensor]:
-        return [*self.model.state_dict().values(), *self.anchor.state.values()]
+        return [*self.model.state_dict().values(), *self.beside.values()]
 
 
 def same(one: Life, other: Life) -> bool:
@@ -94,6 +105,9 @@ def lived(config: bond.Config, **more: Any) -> Life:
 
 J_BOND = bond.Config(steps=4, max_new_tokens=6)
 BOND = replace(SAMPLED, steps=4)
+LEARNED = replace(J_BOND, quantile="learned")
+ALONE = replace(LEARNED, quantile_model="network", backward=1.0, n=4, anchor_samples=1)
+"""With a network of its own, and one draw of the anchor for each prompt."""
 
 
 # --- what is drawn -------------------------------------------------------------------------------
@@ -154,13 +168,13 @@ def test_only_the_order_of_rewards_counts_to_the_last_bit(
     assert same(lived(config, reward=reward), lived(config, reward=stretched))
 
 
-def handmade(config: bond.Config, seed: int = 0) -> tuple[OneToken, bond.Drawn, Callable[..., Any]]:
+def handmade(config: bond.Config, seed: int = 0) -> tuple[OneToken, Drawn, Callable[..., Any]]:
     """Two prompts, six outcomes; draws can be replaced."""
     start = torch.randn(2, 6, generator=Key(seed).generator())
     policy, anchor = tabular(start + 0.3 * torch.arange(6)), tabular(start)
     worth = by_table(torch.arange(12.0).view(2, 6) % 5)
 
-    def draw(own: list[int], others: list[list[int]]) -> bond.Drawn:
+    def draw(own: list[int], others: list[list[int]]) -> Drawn:
         def wrote(writer: str, texts: Sequence[Sequence[int]]) -> Experience:
             groups = tuple(
                 Group(
@@ -188,7 +202,7 @@ def _one_token(policy: OneToken, prompt: int, token: int) -> Completion:
     )
 
 
-def slope(config: bond.Config, policy: OneToken, found: bond.Drawn) -> Tensor:
+def slope(config: bond.Config, policy: OneToken, found: Drawn) -> Tensor:
     loss = bond.objective(config)(policy, found)
     (grad,) = torch.autograd.grad(loss.total, list(policy.parameters()))
     return grad
@@ -203,6 +217,8 @@ def test_beta_0_looks_at_no_sample_of_the_policy_and_beta_1_at_no_best_of_the_an
     config = bond.Config(backward=1.0)
     policy, found, draw = handmade(config)
     other = draw([1, 2], [[0, 2], [4, 5]])
+    assert found.tilt is not None
+    assert other.tilt is not None
     assert torch.equal(found.tilt, other.tilt)
     assert torch.equal(slope(config, policy, found), slope(config, policy, other))
     for config in (bond.Config(backward=0.5), bond.Config(backward=0.0)):
@@ -267,6 +283,38 @@ def test_a_frozen_anchor_is_left_for_the_best_of_n_and_no_further() -> None:
     assert float(kl) < 0.1 * float(before)
 
 
+def test_a_learned_quantile_becomes_the_anchors_as_exactly_as_counts_of_eight_draws() -> None:
+    """One draw of the anchor a prompt and update; the policy stays, so that it asks for all."""
+    start = torch.randn(2, 5, generator=Key(1).generator())
+    worth = torch.arange(10.0).view(2, 5) * 7 % 4
+    policy, anchor = tabular(torch.zeros(2, 5)), tabular(start)
+    quantiles = Critic(2 * 5, Pairs(2, 5), torch.device("cpu"))
+    optimizer = torch.optim.Adam(
+        [{"params": [*policy.parameters()], "lr": 0.0}, {"params": [*quantiles.parameters()]}],
+        lr=0.3,
+    )
+    config = bond.Config(
+        n=4, quantile="learned", backward=1.0, anchor_samples=1, samples=20, max_new_tokens=1,
+        steps=120, warmup=0, schedule="cosine", floor=0.02, max_grad_norm=1e6,
+    )  # fmt: skip
+    fixed = Anchor(anchor, AnchorConfig())
+    source = experiences(config, policy, fixed, worth, Key(3))
+    for _ in bond.train(
+        config, policy, fixed, (), optimizer, key=Key(3), stop_ids=(), source=source,
+        quantiles=quantiles,
+    ):  # fmt: skip
+        pass
+    exact = torch.stack([log_quantiles(*each)[1] for each in zip(anchor.law(), worth, strict=True)])
+    p = exact.exp()
+    with torch.no_grad():
+        rows = TokenBatch.of([[prompt, y] for prompt in range(2) for y in range(5)])
+        found = quantiles.at_ends(rows, policy(rows)).sigmoid().view(2, 5)
+    error = (found - p).square().mean().sqrt()
+    counted = (p * (1 - p) / 8).mean().sqrt()
+    assert float(error) < float(counted)
+    assert float((found - p).abs().max()) < 0.15
+
+
 def test_the_reports_estimate_what_they_name() -> None:
     """2,000 draws at once in a world of 40 outcomes without equals."""
     start = torch.randn(1, 40, generator=Key(1).generator()) * 0.3
@@ -312,13 +360,16 @@ def test_the_anchor_stays_follows_or_is_copied() -> None:
     assert not torch.equal(anchor["embedding"], start["embedding"])
 
 
-@pytest.mark.parametrize("config", [J_BOND, BOND, replace(BOND, anchor="copy", anchor_every=3)])
+@pytest.mark.parametrize(
+    "config", [J_BOND, BOND, replace(BOND, anchor="copy", anchor_every=3), LEARNED, ALONE]
+)
 def test_a_run_that_goes_on_is_the_uninterrupted_one(config: bond.Config) -> None:
     whole, parts = lived(config), Life(config)
     first = Life(config)
     steps = bond.train(
         config, first.model, first.anchor, (prompts(n) for n in itertools.count()),
         first.optimizer, key=Key(5), stop_ids=(EOS,), reward=sum_of_tokens,
+        quantiles=first.quantiles,
     )  # fmt: skip
     for step in steps:
         if step.index == 1:
@@ -327,8 +378,8 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(config: bond.Config) -> Non
     parts.model.load_state_dict(first.model.state_dict())
     parts.optimizer.load_state_dict(first.optimizer.state_dict())
     with torch.no_grad():
-        for name, tensor in first.anchor.state.items():
-            parts.anchor.state[name].copy_(tensor)
+        for name, tensor in first.beside.items():
+            parts.beside[name].copy_(tensor)
     parts.run(start=2)
     assert same(whole, parts)
 
@@ -340,7 +391,7 @@ class Words:
         return "words"
 
 
-@pytest.mark.parametrize("config", [J_BOND, replace(BOND, accumulate=2)])
+@pytest.mark.parametrize("config", [J_BOND, replace(BOND, accumulate=2), ALONE])
 def test_a_run_is_replayed_from_its_records_to_the_same_bits(
     config: bond.Config, tmp_path: Path
 ) -> None:
@@ -368,6 +419,7 @@ def test_equal_rewards_give_nothing_to_learn_from_ranks_and_no_nan(config: bond.
     own, others = drawn(config)
     flat = [replace(e, scores=Scores(total=torch.ones_like(e.scores.total))) for e in (own, others)]
     tilt = bond.judged(config, flat[0], flat[1], life.anchor.model, None).tilt
+    assert tilt is not None
     assert bool((tilt == tilt[0, 0]).all())
 
 
@@ -414,6 +466,9 @@ def test_a_lone_sample_has_no_baseline() -> None:
         ({"backward": 1.5}, "backward must lie"),
         ({"regularisation": -1.0}, "regularisation"),
         ({"baseline": "prompt"}, "2 samples or more"),
+        ({"quantile": "learned", "anchor_samples": 1}, "2 <= n <= anchor_samples"),
+        ({"quantile_model": "network"}, "for quantile learned"),
+        ({"quantile_weight": 0.0}, "quantile_weight must be above 0"),
         ({"sampling_temperature": 0.0}, "greedily"),
         ({"anchor_rate": 2.0}, "rate must lie"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
@@ -425,6 +480,42 @@ def test_a_lone_sample_has_no_baseline() -> None:
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bond.Config(**changes)
+
+
+@pytest.mark.parametrize("config", [LEARNED, ALONE])
+def test_what_learns_quantiles_begins_at_one_half_and_teaches_the_policy_nothing_of_its_own(
+    config: bond.Config,
+) -> None:
+    """Its first tilt is the same for all, and its loss has no gradient in the policy."""
+    life = Life(config)
+    own, others = drawn(config)
+    found = bond.judged(config, own, others, life.anchor.model, None)
+    assert found.tilt is None
+    light, heavy = (
+        bond.objective(replace(config, quantile_weight=weight), life.quantiles)
+        for weight in (0.1, 3.0)
+    )
+    one, other = light(life.model, found), heavy(life.model, found)
+    assert one.report["log_quantile"].item() == pytest.approx(3 * math.log(0.5))
+    assert one.report["quantile_loss"].item() == pytest.approx(3 * math.log(2.0))
+    for name, parameter in life.model.named_parameters():
+        slopes = [
+            torch.autograd.grad(each.total, parameter, retain_graph=True)[0]
+            for each in (one, other)
+        ]
+        torch.testing.assert_close(*slopes, msg=name)
+    assert life.quantiles is not None
+    (slope,) = torch.autograd.grad(one.total, life.quantiles.head.weight)
+    assert float(slope.norm()) > 0.0
+    assert ("forward_kl" in one.report) == (config.anchor_samples >= config.n)
+
+
+def test_what_learns_quantiles_goes_with_them() -> None:
+    for config, has in ((LEARNED, J_BOND), (J_BOND, LEARNED)):
+        life = Life(config)
+        life.quantiles = Life(has).quantiles
+        with pytest.raises(ConfigError, match="goes with quantile learned"):
+            life.run()
 
 
 def test_every_update_reports_both_divergences_ranks_rewards_and_entropy() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -146,6 +148,34 @@ def test_quantiles_of_more_draws_and_an_anchor_that_is_copied(folder: Path, tmp_
     assert "kl_start" not in last
     assert last["no_signal"] == 0.0
     assert not (tmp_path / "run" / "rollouts").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"quantile": "learned"},
+        {"quantile": "learned", "quantile-model": "network", "backward": 1.0, "n": 4,
+         "anchor-samples": 1},
+    ],
+)  # fmt: skip
+def test_learned_quantiles_are_in_the_checkpoints_and_a_resumed_run_is_the_same(
+    folder: Path, tmp_path: Path, more: dict[str, object]
+) -> None:
+    whole = tmp_path / "whole"
+    done = train(folder, whole, **more)
+    assert done.code == 0, done.err
+    assert any(name.startswith("extra.safetensors:critic.head") for name in bits(whole))
+    (first, *_, last) = lines(whole)
+    assert first["quantile_loss"] == pytest.approx(math.log(2.0), abs=1e-4)
+    assert last["quantile_loss"] != first["quantile_loss"]
+    part = shutil.copytree(whole, tmp_path / "part")
+    shutil.rmtree(part / "checkpoints" / f"step-{STEPS}")
+    done = call("resume", part)
+    assert done.code == 0, done.err
+    assert_same_run(part, whole)
+    replay = train(folder, tmp_path / "again", replay=whole, reward=None, data=None, **more)
+    assert replay.code == 0, replay.err
+    assert_same_run(tmp_path / "again", whole, rollouts=False)
 
 
 def test_plan_and_doctor_know_it(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from cabochon.core.errors import ConfigError, DataError
 from cabochon.generation.best_of_n import best_of_n_logprob, divergence, log_quantiles
 from cabochon.losses.best_of_n_distillation import (
     jeffreys_gains,
+    learned_tilt,
     log_level_factor,
     log_quantile,
     log_tilt,
@@ -108,6 +109,13 @@ def test_the_loss_of_a_learned_quantile_is_least_at_the_quantile() -> None:
     top = TIED == 2.0
     assert bool((logit[top] > 5.0).all()), "where all draws are at most y it has no end"
     torch.testing.assert_close(logit.sigmoid()[~top], at_most.exp()[~top], atol=1e-4, rtol=0)
+    shares = (wins * reference.exp()).sum(1)  # of endlessly many draws
+    expected = (quantile_loss(logit[:, None].expand(6, 6), wins) * reference.exp()).sum(1)
+    torch.testing.assert_close(quantile_loss(logit, shares).double(), expected)
+    log_p, tilt, loss = learned_tilt(logit, shares, 4)
+    torch.testing.assert_close(tilt, log_tilt(log_p, 4))
+    assert not tilt.requires_grad
+    assert loss.requires_grad
 
 
 # --- the tilt ------------------------------------------------------------------------------------

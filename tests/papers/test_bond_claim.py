@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from cabochon.algorithms import bond
-from cabochon.core import Completion, Group, Key
+from cabochon.core import Key, TokenBatch
 from cabochon.generation.best_of_n import best_of_n_logprob, log_quantiles
-from cabochon.rewards.experience import Experience
-from cabochon.rewards.scores import Scores
-from cabochon.training.anchors import Anchor, anchor_of
+from cabochon.models.critic import Critic
+from cabochon.training.anchors import anchor_of
 
 sys.path.append(str(Path(__file__).parents[1] / "algorithms"))
-from one_token_worlds import OneToken, Shared, tabular
+from one_token_worlds import OneToken, Pairs, Shared, experiences, tabular
 
 # --- (a) Jeffreys, exactly -----------------------------------------------------------------------
 
@@ -90,37 +89,6 @@ def test_jeffreys_is_close_to_both_minima_where_each_divergence_alone_is_far_fro
 
 
 # --- (b), (c) J-BOND, sampled --------------------------------------------------------------------
-
-
-def written(policy: OneToken, worth: Tensor, key: Key, samples: int, **more: object) -> Experience:
-    """`samples` draws after every prompt; the engine would take twenty times as long."""
-    law = policy.law()
-    drawn = law.exp().multinomial(samples, replacement=True, generator=key.generator())
-    logprob = law.gather(1, drawn).float()
-    groups = tuple(
-        Group(
-            prompt=torch.tensor([place]),
-            completions=tuple(
-                Completion(tokens=t, logprob=lp, model_logprob=lp, stopped=True)
-                for t, lp in zip(tokens.split(1), logprobs.split(1), strict=True)
-            ),
-        )
-        for place, (tokens, logprobs) in enumerate(zip(drawn, logprob, strict=True))
-    )
-    return Experience(groups=groups, scores=Scores(total=worth.gather(1, drawn)), **more)  # type: ignore[arg-type]
-
-
-def experiences(
-    config: bond.Config, policy: OneToken, anchor: Anchor[OneToken], worth: Tensor, key: Key
-) -> Iterator[Experience]:
-    for step in range(config.steps):
-        now = key.fold(step)
-        for writer, model, samples in (
-            ("policy", policy, config.samples), ("anchor", anchor.model, config.anchor_samples),
-        ):  # fmt: skip
-            yield written(
-                model, worth, now.fold(writer), samples, number=step, version=step, writer=writer
-            )
 
 
 def trained(
@@ -214,6 +182,63 @@ def test_an_anchor_that_follows_slowly_pays_less_kl_than_one_that_is_copied() ->
     assert frozen[-1][1] < at_kl(ema, 1.0)
 
 
+# --- (d) quantiles, learned and counted -----------------------------------------------------------
+
+QUANTILES = {
+    "counted, k = 4": {"anchor_samples": 4},
+    "counted, k = 8": {"anchor_samples": 8},
+    "counted, k = 16": {"anchor_samples": 16},
+    "learned, k = 1": {"anchor_samples": 1, "quantile": "learned"},
+}
+
+
+def by_quantiles(name: str, seed: int) -> tuple[float, float]:
+    """KL(policy || best of 4) that is left, and the error of the quantiles under the policy."""
+    policy, worth = table_world(seed)
+    start = policy.law()
+    config = bond.Config(
+        n=4, backward=1.0, samples=2, anchor="frozen", steps=500, warmup=0, max_new_tokens=1,
+        schedule="cosine", floor=0.02, **({"quantile": "floor"} | QUANTILES[name]),
+    )  # fmt: skip
+    learned = config.quantile == "learned"
+    quantiles = Critic(16 * 32, Pairs(16, 32), torch.device("cpu")) if learned else None
+    groups = [{"params": [*policy.parameters()], "lr": 0.05}]
+    if quantiles is not None:
+        groups.append({"params": [*quantiles.parameters()], "lr": 0.2})
+    anchor = anchor_of(policy, config.anchor_config)
+    source = experiences(config, policy, anchor, worth, Key(seed))
+    optimizer = torch.optim.Adam(groups)
+    for _ in bond.train(
+        config, policy, anchor, (), optimizer, key=Key(seed), stop_ids=(), source=source,
+        quantiles=quantiles,
+    ):  # fmt: skip
+        pass
+    law = policy.law()
+    wanted = best_of_n_logprob(start, worth, 4)
+    p = log_quantiles(start, worth)[1].exp()
+    error = p * (1 - p) / config.anchor_samples
+    if quantiles is not None:
+        with torch.no_grad():
+            rows = TokenBatch.of([[prompt, y] for prompt in range(16) for y in range(32)])
+            error = (quantiles.at_ends(rows, policy(rows)).sigmoid().view(16, 32) - p).square()
+    weighted = (law.exp() * error).sum(-1).mean().sqrt()
+    return float((law.exp() * (law - wanted)).sum(-1).mean()), float(weighted)
+
+
+@pytest.mark.claim
+def test_a_quantile_learned_from_one_draw_is_nearer_than_eight_counted_and_costs_updates() -> None:
+    learned, eight = (by_quantiles(name, 0) for name in ("learned, k = 1", "counted, k = 8"))
+    assert learned[1] < eight[1]
+    assert learned[0] < 2.5 * eight[0]  # nothing is learned from it before it has learned
+
+
+def table_of_quantiles(seeds: int) -> None:
+    say("| quantiles | KL(policy to best of 4) | error of p under the policy |")
+    for name in QUANTILES:
+        kls, errors = zip(*(by_quantiles(name, seed) for seed in range(seeds)), strict=True)
+        say(f"| {name} | {spread(kls)} | {spread(errors)} |")
+
+
 def table_of_jeffreys(seeds: int) -> None:
     for beta in BETAS:
         say(f"| {beta:g} | " + " | ".join(f"{each:.2f}" for each in means(beta, seeds)) + " |")
@@ -258,3 +283,4 @@ if __name__ == "__main__":
     table_of_jeffreys(5)
     table_of_tables(int(sys.argv[1]))
     table_of_anchors(int(sys.argv[1]))
+    table_of_quantiles(int(sys.argv[1]))

@@ -3,8 +3,8 @@
 Source: Sessa et al. 2025, "BOND: Aligning LLMs with Best-of-N Distillation", arXiv:2407.14622.
 The defaults are J-BOND (algorithm 2): N = 2, one sample of the policy and two of an anchor that
 follows it slowly, equation 17 as the reward of the backward part. BOND (section 4) is n of 2 and
-more, `quantile` "floor" or "add_one" from `anchor_samples` of 16, the anchor frozen, or copied
-every so many updates (iterative BOND: best of n again and again).
+more, `quantile` "floor" or "add_one" from `anchor_samples` of 16, or "learned" (appendix B.1), the
+anchor frozen, or copied every so many updates (iterative BOND: best of n again and again).
 
     (1 - beta) KL(best-of-N || pi) + beta KL(pi || best-of-N) + gamma KL(pi || anchor)
 
@@ -15,25 +15,25 @@ left out there, is kept where quantiles are estimated. Equal rewards may be orde
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from cabochon.core import Backbone, Key, Loss, Objective, Policy, RewardFn, Step, TokenBatch
 from cabochon.core.errors import ConfigError
-from cabochon.data.continuations import Sequences, prompts_of
+from cabochon.data.continuations import prompts_of
 from cabochon.generation.engine import Settings
 from cabochon.generation.modes import device_of
-from cabochon.generation.score import score
 from cabochon.losses import best_of_n_distillation as target
 from cabochon.losses.policy_gradient import logprobs, policy_gradient
 from cabochon.losses.tempering import tempered
-from cabochon.rewards.comparison import compared, paired, refuse_beyond
+from cabochon.models.critic import Critic
+from cabochon.rewards.comparison import Drawn, compared, paired, refuse_beyond
 from cabochon.rewards.experience import Experience, Observe, draw
 from cabochon.rewards.ranks import Ties
 from cabochon.training import parallel, rollout_metrics
@@ -41,7 +41,7 @@ from cabochon.training.anchors import Anchor, AnchorConfig
 from cabochon.training.fit import fit
 from cabochon.training.schedules import Kind, Schedule, scheduled
 
-__all__ = ["Config", "Drawn", "experiences", "judged", "objective", "train"]
+__all__ = ["Config", "experiences", "judged", "objective", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,13 @@ class Config:
     """beta of Jeffreys: 0 learns the anchor's best alone, 1 the policy's own ranks alone."""
     regularisation: float = 0.0
     """gamma: weight of a further KL to the anchor."""
-    quantile: target.Estimate = "two_draws"
+    quantile: target.Quantile = "two_draws"
     """log p_<= from c of k draws: -log 16 for c = 0, else 0 (two_draws, of k = 2); log c/k, and
-    log 1/(2k) for c = 0 (floor); log (c+1)/(k+2) (add_one)."""
+    log 1/(2k) for c = 0 (floor); log (c+1)/(k+2) (add_one); or learned along with the policy."""
+    quantile_model: Literal["head", "network"] = "head"
+    """learned: a linear map of the policy's last hidden state, or a network of its own."""
+    quantile_weight: float = 0.1
+    """learned: what multiplies its cross-entropy in the loss."""
     level_factor: bool = True
     """Whether B of theorem 1 counts (floor, add_one); without it few values teach little."""
     ties: Ties = "equal"
@@ -64,7 +68,8 @@ class Config:
     samples: int = 1
     """G, of the policy for each prompt."""
     anchor_samples: int = 2
-    """k, of the anchor for each prompt; the first n compete to be its best."""
+    """k, of the anchor for each prompt; the first n compete to be its best. With a learned quantile
+    and `backward` 1 fewer than n will do, even 1."""
     baseline: Literal["batch", "prompt"] = "batch"
     """Mean return of the other samples of the micro-batch, or of the prompt."""
     max_kl: float = 8.0
@@ -94,9 +99,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _ = (self.learning_rate_schedule, self.settings(()), self.anchor_config)
+        learned = self.quantile == "learned"
         for wrong, reason in (
-            (not 2 <= self.n <= self.anchor_samples,
+            (self.n < 2 or self.anchor_samples < (1 if learned and self.backward == 1 else self.n),
              f"2 <= n <= anchor_samples, got n {self.n} of {self.anchor_samples}"),
+            (not 0.0 < self.quantile_weight < float("inf"), "quantile_weight must be above 0"),
+            (self.quantile_model != "head" and not learned, "quantile_model: for quantile learned"),
             (not 0.0 <= self.backward <= 1.0, f"backward must lie in [0, 1], got {self.backward}"),
             (not 0.0 <= self.regularisation < float("inf"), "regularisation must be at least 0"),
             (min(self.steps, self.accumulate, self.samples) < 1,
@@ -126,22 +134,6 @@ class Config:
         """How both write: from their whole distributions, without top-k or top-p."""
         return Settings(max_new_tokens=self.max_new_tokens, stop_ids=tuple(stop_ids),
                         temperature=self.sampling_temperature)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """What a micro-batch learns from: P prompts, G samples of the policy, the anchor's best."""
-
-    rows: Sequences
-    """P (G + 1): behind a prompt's samples stands the anchor's best."""
-    anchor: Tensor
-    """P G+1 float32, nats: log-probability of each under the anchor."""
-    beginning: Tensor | None
-    """The same under the model that the run began with, where that is reported."""
-    tilt: Tensor
-    """P G float32, nats: estimate of log best-of-N(y) - log anchor(y)."""
-    report: Mapping[str, Tensor]
-    """Sums over the prompts."""
 
 
 def experiences(
@@ -182,54 +174,53 @@ def judged(
     """
     found = compared(own, others, best_of=config.n, ties=config.ties,
                      device=device_of(anchor, own.scores.total))  # fmt: skip
-    log_p = target.log_quantile(found.at_most, found.draws, config.quantile)
-    counted = config.level_factor and config.quantile != "two_draws"
-    factor = target.log_level_factor(found.below, found.at_most, config.n) if counted else None
-
-    def likely(model: Policy) -> Tensor:
-        rows = score(model, found.groups, temperature=config.sampling_temperature)
-        sums = [torch.stack([each.sum() for each in row]) for row in rows]
-        return torch.stack(sums).to(log_p.device)
-
-    held = likely(anchor)
+    device, tilt, said = found.below.device, None, {}
+    if config.quantile != "learned":
+        log_p, tilt = target.counted_tilt(
+            found.below, found.at_most, found.draws, config.n, config.quantile,
+            level_factor=config.level_factor)  # fmt: skip
+        said["log_quantile"] = log_p.mean(1).sum()
+    held = found.logprobs(anchor, config.sampling_temperature)
     refuse_beyond(config.max_kl, own, held[:, :-1])
-    return Drawn(
-        rows=found.rows(log_p.device),
-        anchor=held,
-        beginning=None if beginning is None else likely(beginning),
-        tilt=target.log_tilt(log_p, config.n, factor),
-        report={**found.report, "log_quantile": log_p.mean(1).sum()},
-    )
+    start = found.logprobs(beginning, config.sampling_temperature) if beginning else None
+    return Drawn(rows=found.rows(device), anchor=held, beginning=start, tilt=tilt,
+                 at_most=found.at_most / found.draws, report={**found.report, **said})  # fmt: skip
 
 
-def objective(config: Config) -> Objective[Policy, Drawn]:
+def objective(config: Config, quantiles: Critic | None = None) -> Objective[Policy, Drawn]:
     """Both directions of KL to best-of-N and the KL to the anchor: a sum of -gain log pi(row).
 
-    The factor N - 1 of equation 15 is in the tilt.
+    The factor N - 1 of equation 15 is in the tilt. What learns the quantile gets its own loss.
     """
 
     def loss(policy: Policy, drawn: Drawn) -> Loss:
         batch, prediction = drawn.rows.batch, policy(drawn.rows.batch)
+        tilt, learned, report = drawn.tilt, torch.zeros((), device=drawn.anchor.device), {}
+        if tilt is None:
+            logit = cast(Critic, quantiles).at_ends(batch, prediction).view_as(drawn.anchor)
+            log_p, tilt, losses = target.learned_tilt(logit[:, :-1], drawn.at_most, config.n)
+            learned = losses.mean(1).sum()
+            report = {"log_quantile": log_p.mean(1).sum(), "quantile_loss": learned.detach()}
         law = tempered(prediction, config.sampling_temperature)
         logprob = logprobs(law, batch).sum(1).view_as(drawn.anchor)
         log_ratio, best = (logprob - drawn.anchor).split([config.samples, 1], dim=1)
-        tokens = batch.mask[drawn.rows.own].sum()
-        gain = target.jeffreys_gains(drawn.tilt, log_ratio, backward=config.backward,
+        gain = target.jeffreys_gains(tilt, log_ratio, backward=config.backward,
                                      regularisation=config.regularisation,
                                      within_prompt=config.baseline == "prompt")  # fmt: skip
         total = policy_gradient(law, batch, gain.view(-1, 1) * batch.mask).total
         prompts = torch.tensor(float(len(best)), device=best.device)
-        report = {
-            "forward_kl": target.reference_divergence(config.n) * prompts - best.sum(),
-            "backward_kl": (log_ratio - drawn.tilt).mean(1).sum(),
-            "kl_anchor": log_ratio.mean(1).sum(),
-        }
+        report["backward_kl"] = (log_ratio - tilt).mean(1).sum()
+        report["kl_anchor"] = log_ratio.mean(1).sum()
+        if config.n <= config.anchor_samples:
+            report["forward_kl"] = target.reference_divergence(config.n) * prompts - best.sum()
         if drawn.beginning is not None:
             report["kl_start"] = (logprob - drawn.beginning)[:, :-1].mean(1).sum()
         sums = rollout_metrics.sums(drawn.rows, prediction, rewarded=True)
-        sums |= {"sum_rows": sums["sum_own"], "sum_tokens": tokens.float(),
+        sums |= {"sum_rows": sums["sum_own"],
+                 "sum_tokens": batch.mask[drawn.rows.own].sum().float(),
                  "sum_surprisal": -logprob[:, :-1].sum()}  # fmt: skip
-        return Loss(total=total, weight=prompts, report={**drawn.report, **report, **sums})
+        return Loss(total=total + config.quantile_weight * learned, weight=prompts,
+                    report={**drawn.report, **report, **sums})  # fmt: skip
 
     return loss
 
@@ -244,6 +235,7 @@ def train(
     key: Key,
     stop_ids: Sequence[int],
     reward: RewardFn | None = None,
+    quantiles: Critic | None = None,
     beginning: Policy | None = None,
     observe: Observe | None = None,
     source: Iterable[Experience] | None = None,
@@ -261,24 +253,27 @@ def train(
         key: of all that is drawn.
         stop_ids: tokens that end a completion; they are learned.
         reward: of both writers' completions; only its order within a prompt counts.
+        quantiles: made by `critic_of(policy, config.quantile_model)`, for `quantile` "learned".
         beginning: the model that the run began with, to report the KL to it; none: no report.
         observe: shown every experience before it is learned from.
         source: experiences of an earlier run, in its order, instead of `batches` and `reward`.
         start: how many updates were already made.
 
     Raises:
-        ConfigError: there is neither a reward nor a source, or both.
+        ConfigError: not one of reward and source, or `quantiles` but where they are learned.
         DataError, NonFinite: prompts, reward or source are at fault; or an update is no number.
     """
     if (reward is None) == (source is None):
         raise ConfigError("give a reward, or a source of experiences that were judged already")
+    if (quantiles is None) == (config.quantile == "learned"):
+        raise ConfigError("what learns quantiles goes with quantile learned, and only with it")
     if reward is not None:
         source = experiences(config, policy, anchor, batches, reward=reward, key=key,
                              stop_ids=stop_ids, start=start)  # fmt: skip
 
     pairs = paired(source or (), config.samples, config.anchor_samples, observe)
     drawn = (judged(config, own, others, anchor.model, beginning) for own, others in pairs)
-    steps = fit(policy, objective(config), drawn, optimizer,
+    steps = fit(policy, objective(config, quantiles), drawn, optimizer,
                 accumulate=config.accumulate, max_grad_norm=config.max_grad_norm,
                 schedule=config.learning_rate_schedule, start=start)  # fmt: skip
     moved = anchor.following(cast(nn.Module, policy), steps)

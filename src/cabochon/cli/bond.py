@@ -24,6 +24,7 @@ from cabochon.core import Backbone, Key, Loss, Objective, Policy, Step, TokenBat
 from cabochon.core.errors import ConfigError
 from cabochon.data.tokenizer import Tokenizer
 from cabochon.losses.policy_gradient import policy_gradient
+from cabochon.models.critic import critic_of
 from cabochon.rewards.experience import continued
 from cabochon.training.anchors import AnchorConfig, anchor_of
 from cabochon.training.optimizers import OptimizerConfig
@@ -66,6 +67,8 @@ def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
     method, policy = settings.method, cast(Backbone, model)
     reward = reward_of(settings, policy, tokenizer)
     anchor = anchor_of(model, method.anchor_config)
+    learned = method.quantile == "learned"
+    quantiles = critic_of(model, method.quantile_model) if learned else None
     beginning = None
     if not settings.no_start_kl:
         frozen = method.anchor == "frozen"
@@ -96,13 +99,17 @@ def _train(settings: BondSettings, model: nn.Module, tokenizer: Tokenizer) -> Tr
                 optimizer,
                 key=Key(settings.run.seed),
                 stop_ids=stops,
+                quantiles=quantiles,
                 beginning=cast("Policy | None", beginning),
                 observe=found.observe,
                 source=source,
                 start=start,
             )
 
-    return Training(steps=train, extra=anchor.state)
+    if quantiles is None:
+        return Training(steps=train, extra=anchor.state)
+    learning = nn.ModuleDict({"policy": model, "quantiles": quantiles})
+    return Training(steps=train, extra={**anchor.state, **quantiles.state()}, learning=learning)
 
 
 def _objective(settings: BondSettings, _: Policy | None) -> Objective[Policy, TokenBatch]:
@@ -129,5 +136,5 @@ RECIPE = Recipe(
     examine=examine_prompts,
     without_data=lambda settings: bool(settings.replay),
     not_planned="drawing the completions and scoring them; the copies of the weights that are the "
-    "anchor and the model at the start; the rollouts on the disk",
+    "anchor, the model at the start and a quantile_model of its own; the rollouts on the disk",
 )

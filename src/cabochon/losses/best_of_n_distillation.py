@@ -23,7 +23,10 @@ from cabochon.losses.policy_gradient import leave_one_out
 
 __all__ = [
     "Estimate",
+    "Quantile",
+    "counted_tilt",
     "jeffreys_gains",
+    "learned_tilt",
     "log_level_factor",
     "log_quantile",
     "log_tilt",
@@ -33,6 +36,9 @@ __all__ = [
 
 Estimate = Literal["two_draws", "floor", "add_one"]
 """How log p_<= is estimated from c of k draws that are worth at most what y is: `log_quantile`."""
+
+Quantile = Literal["two_draws", "floor", "add_one", "learned"]
+"""Counted by an `Estimate`, or learned by `quantile_loss`."""
 
 LOWEST_OF_THREE = -math.log(16.0)
 """Of a y that is worth less than both draws (equation 17)."""
@@ -112,6 +118,39 @@ def log_tilt(log_quantile: Tensor, n: int, log_factor: Tensor | None = None) -> 
     return (n - 1) * log_quantile + (math.log(n) if log_factor is None else log_factor)
 
 
+def counted_tilt(
+    below: Tensor, at_most: Tensor, draws: int, n: int, estimate: Estimate, *, level_factor: bool
+) -> tuple[Tensor, Tensor]:
+    """The estimate of log p_<= from counts of draws, and the tilt that it gives.
+
+    Args:
+        below: any shape: how many draws are worth less than y.
+        at_most: how many are worth at most what y is.
+        draws: k.
+        n: of best-of-N.
+        estimate: see `log_quantile`.
+        level_factor: whether B counts, estimated from the same draws; two are too few for that.
+    """
+    log_p = log_quantile(at_most, draws, estimate)
+    counts = level_factor and estimate != "two_draws"
+    factor = log_level_factor(below, at_most, n) if counts else None
+    return log_p, log_tilt(log_p, n, factor)
+
+
+def learned_tilt(logit: Tensor, draw_at_most: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The learned log p_<=, the tilt that it gives, both without gradient, and the `quantile_loss`.
+
+    Nothing is learned of B, which is N throughout, as if there were no equals.
+
+    Args:
+        logit: any shape, of the probability p_<=.
+        draw_at_most: see `quantile_loss`.
+        n: of best-of-N.
+    """
+    log_p = functional.logsigmoid(logit.detach().float())
+    return log_p, log_tilt(log_p, n), quantile_loss(logit, draw_at_most)
+
+
 def jeffreys_gains(
     tilt: Tensor,
     log_ratio: Tensor,
@@ -166,10 +205,12 @@ def quantile_loss(logit: Tensor, draw_at_most: Tensor) -> Tensor:
     """Binary cross-entropy by which sigmoid(logit(y)) becomes p_<=(y) (appendix B.1).
 
     One draw of the reference for each y is enough: the expected loss is least at the probability.
+    Of several draws their share has the same mean, and less noise.
 
     Args:
         logit: any shape; logsigmoid of it is the learned log p_<=, which needs no floor.
-        draw_at_most: the same shape, bool: a draw of the reference is worth at most what y is.
+        draw_at_most: the same shape: a draw of the reference is worth at most what y is (bool), or
+            the share of several draws that are (in [0, 1]).
 
     Returns:
         The same shape, nats.

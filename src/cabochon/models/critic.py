@@ -3,7 +3,7 @@
 A learned baseline must not depend on the token that is judged by it: the value at a position has
 seen the prompt and what was written up to there, not the target. It is one linear map, of the
 policy's own hidden states (from which no gradient of it reaches the policy), or of a network of its
-own that starts as a copy of the policy.
+own that starts as a copy of the policy. A number for each whole text is the value at its end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cabochon.core.errors import ConfigError
 from cabochon.core.protocols import Prediction
 from cabochon.core.types import LinearPrediction, TokenBatch
+from cabochon.models.reward_head import last_tokens
 
 __all__ = ["Critic", "critic_of"]
 
@@ -42,6 +43,11 @@ class Critic(nn.Module):
         if self.trunk is not None:
             return self._read(_hidden(self.trunk(batch)))
         return self._read(_hidden(prediction).detach())
+
+    def at_ends(self, batch: TokenBatch, prediction: Prediction) -> Tensor:
+        """n float32: the value at the last token of each document, row by row."""
+        values: Tensor = self(batch, prediction)
+        return values.flatten()[last_tokens(batch)]
 
     def state(self) -> Mapping[str, Tensor]:
         """Its parameters by name, live, for a checkpoint."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cabochon.core import Group
+from cabochon.core import Group, Policy
 from cabochon.core.errors import DataError, Diverged
 from cabochon.data.continuations import Sequences, written_in
+from cabochon.generation.score import score
 from cabochon.rewards.experience import Experience, Observe
 from cabochon.rewards.ranks import Ties, ranks
 
-__all__ = ["Comparison", "compared", "paired", "refuse_beyond"]
+__all__ = ["Comparison", "Drawn", "compared", "paired", "refuse_beyond"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,30 @@ class Comparison:
             ],
             device,
         )
+
+    def logprobs(self, model: Policy, temperature: float) -> Tensor:
+        """P G+1 float32, nats: of each completion under `model`."""
+        rows = score(model, self.groups, temperature=temperature)
+        sums = torch.stack([torch.stack([each.sum() for each in row]) for row in rows])
+        return sums.to(self.below.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What is learned from: P prompts, G samples of the policy, the best of the anchor's."""
+
+    rows: Sequences
+    """P (G + 1): behind a prompt's samples stands the anchor's best."""
+    anchor: Tensor
+    """P G+1 float32, nats: log-probability of each under the anchor."""
+    beginning: Tensor | None
+    """The same under the model that the run began with, where that is reported."""
+    tilt: Tensor | None
+    """P G float32, nats: estimate of log best-of-N(y) - log anchor(y); None where it is learned."""
+    at_most: Tensor
+    """P G float32: share of the anchor's draws that are worth at most what y is."""
+    report: Mapping[str, Tensor]
+    """Sums over the prompts."""
 
 
 def compared(
