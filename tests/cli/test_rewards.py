@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -91,6 +92,8 @@ def test_functions_of_ones_own(
         "    time.sleep(60 * any(len(c.tokens) > 3 for g in groups for c in g.completions))\n"
         "    return size(groups)\n"
         "def three(a, b, c):\n    return 0\n"
+        "def leaves(prompt, completion):\n    raise SystemExit(4)\n"
+        "def leave(groups):\n    raise SystemExit(4)\n"
     )
     monkeypatch.chdir(tmp_path)
     groups = [group(tokenizer, "p", "oh!!", "ok")]
@@ -98,6 +101,12 @@ def test_functions_of_ones_own(
     assert total(tokenizer, groups, "python:my_rewards.size") == [[2.0, 2.0]]
     with pytest.raises(DataError, match=r"sample 0 .*longer than 0.1 s"):
         total(tokenizer, groups, "python:my_rewards.sleeps", reward_timeout=0.1)
+    for name in ("leaves", "leave"):
+        with pytest.raises(DataError, match="SystemExit: 4"):
+            total(tokenizer, groups, f"python:my_rewards.{name}")
+    for never in (0.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="reward_timeout is above 0 and at most"):
+            RewardSettings(reward=("parses",), reward_timeout=never)
     for wrong in ("my_rewards.three", "my_rewards.absent", "nowhere.f", "calm"):
         with pytest.raises(ConfigError, match=wrong):
             total(tokenizer, groups, f"python:{wrong}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -113,6 +114,27 @@ def test_records_are_learned_from_again_without_sampler_reward_and_data(
     assert "holds 6 micro-batches, the run would learn from 9" in longer.err
     assert train(folder, tmp_path / "no", replay=folder / "gone", data=None).code == 2
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("more", [{"batch-size": 3}, {"max-new-tokens": 2}])
+def test_records_that_other_settings_drew_are_not_replayed(
+    folder: Path, whole: Path, tmp_path: Path, more: dict[str, int]
+) -> None:
+    kept = {"replay": whole, "reward": None, "data": None}
+    done = train(folder, tmp_path / "again", **kept, **more)
+    assert done.code == 2
+    assert "is of 2 prompts, with completions of up to" in done.err
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is(folder: Path, tmp_path: Path) -> None:
+    assert train(folder, tmp_path / "old").code == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    shutil.rmtree(tmp_path / "new" / "checkpoints" / f"step-{STEPS}")
+    done = call("resume", tmp_path / "new")
+    assert done.code == 0, done.err
+    assert not (tmp_path / "old").exists()
+    assert (tmp_path / "new" / "checkpoints" / f"step-{STEPS}").is_dir()
 
 
 @pytest.mark.parametrize("more", [{}, {"baseline": "value", "updates": 2, "correction": "clip"}])

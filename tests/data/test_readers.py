@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import sys
 import warnings
 
@@ -232,6 +233,8 @@ def test_messages_and_prompts_are_both_conversations(tmp_path):
         tmp_path, {"question": "q", "answer": "a"}, prompt="question", completion="answer"
     )
     assert named[0].messages == (Message("user", "q"), Message("model", "a"))
+    (sums,) = chats(tmp_path, {"question": "3 + 4.5", "answer": 7.5})
+    assert sums.messages[1] == Message("model", "7.5")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,8 @@ def test_messages_and_prompts_are_both_conversations(tmp_path):
         ({"messages": ["a"]}, "message 0 is a string, expected an object"),
         ({"messages": [{"from": "user"}]}, "message 0 has no string 'role'; it has 'from'"),
         ({"messages": [{"role": "user", "content": None}]}, "message 0 has no string 'content'"),
-        ({"prompt": 3, "completion": "a"}, "the field 'prompt' is a number, expected messages"),
+        ({"prompt": "q", "completion": True}, "the field 'completion' is a truth value, expected"),
+        ({"prompt": "q", "completion": math.nan}, "the field 'completion' is a number, expected"),
         ({"prompt": "\ud800", "completion": "a"}, "lone surrogate"),
     ],
 )  # fmt: skip

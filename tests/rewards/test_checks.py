@@ -93,6 +93,14 @@ def test_code_without_a_function_or_a_docstring_is_not_documented() -> None:
         ("version v2.0", None),
         ("7" * 5000, None),
         ("1/0", None),
+        ("#### -3.5e2", -350),
+        ("#### 1\u202f000", 1000),
+        ("#### 1e1000", None),
+        ("#### 1.000.000", None),
+        ("#### 1,5", None),
+        ("on 1/2/2026", None),
+        ("1/2.5", None),
+        ("it is 3.", 3),
     ],
 )
 def test_the_answer_of_a_solution(text: str, expected: Fraction | None) -> None:

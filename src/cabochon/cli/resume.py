@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +73,8 @@ def _resume_training(settings: ResumeSettings, content: dict[str, Any]) -> int:
     run = Run(settings.run.resolve())
     recipe = recipe_of(str(content.pop("algorithm")))
     wanted = build(recipe.settings, content, origin=str(settings.run / "config.yaml"))
+    here = replace(wanted.run, out=str(run.folder))  # the folder may have been moved or copied
+    wanted = replace(wanted, run=here)
     run.refuse_changes(run.config(), run.manifest()["inputs"])
     saved = checkpoint.completed(run.checkpoints)
     done = max(saved, default=0) if settings.step is None else settings.step

@@ -59,7 +59,8 @@ def pack(settings: Rewarded, tokenizer: Tokenizer, algorithm: str) -> Rows:
     method = settings.method
     check_replay(
         settings.replay, tokenizer, method.steps * method.accumulate, algorithm=algorithm,
-        temperature=method.sampling_temperature,
+        temperature=method.sampling_temperature, batch_size=settings.run.batch_size,
+        longest=method.max_new_tokens,
     )  # fmt: skip
     return NoRows()
 

@@ -30,7 +30,7 @@ from cabochon.rewards.compose import (
     load_scales,
     rescaled,
 )
-from cabochon.rewards.deadlines import within
+from cabochon.rewards.deadlines import LONGEST, within
 from cabochon.rewards.preference_model import preferred
 from cabochon.rewards.preference_texts import encode_exchange, preferred_texts
 from cabochon.rewards.served import served
@@ -80,8 +80,10 @@ class RewardSettings:
                 f"{len(self.reward_weights)} reward weights for {len(self.reward)} rewards; give "
                 "one for each, or none"
             )
-        if not self.reward_timeout > 0.0:
-            raise ConfigError(f"reward_timeout must be above 0, got {self.reward_timeout}")
+        if not 0.0 < self.reward_timeout <= LONGEST:
+            raise ConfigError(
+                f"reward_timeout is above 0 and at most {LONGEST:.0f} s, got {self.reward_timeout}"
+            )
         normalise = self.reward_normalise
         if normalise and not normalise.isdecimal() and not Path(normalise).is_file():
             raise ConfigError(

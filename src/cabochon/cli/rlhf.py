@@ -60,7 +60,9 @@ class RlhfSettings:
     def __post_init__(self) -> None:
         if self.replay and not Path(self.replay).exists():
             raise ConfigError(f"--replay {self.replay}: there is no such run")
-        if self.lag < 0 or (self.lag and self.method.correction == "none"):
+        if self.lag < 0:
+            raise ConfigError(f"--lag {self.lag}: so many steps ahead, 0 or more")
+        if self.lag and self.method.correction == "none":
             raise ConfigError(
                 f"--lag {self.lag}: what older weights wrote is learned from with importance "
                 "ratios; a lag of 1 or more needs --correction truncate, or clip"

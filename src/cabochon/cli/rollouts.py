@@ -82,14 +82,21 @@ def records(
 
 
 def check_replay(
-    replay: str, tokenizer: Tokenizer, micro_batches: int, *, algorithm: str, temperature: float
+    replay: str,
+    tokenizer: Tokenizer,
+    micro_batches: int,
+    *,
+    algorithm: str,
+    temperature: float,
+    batch_size: int,
+    longest: int,
 ) -> None:
     """Whether the records of a run are what another one can learn from.
 
     Raises:
         TokenizerMismatch: they are of another tokenizer.
-        ConfigError: there are fewer of them than wanted, or another algorithm or temperature drew
-            them.
+        ConfigError: there are fewer of them than wanted; or another algorithm, temperature or
+            batch size drew them, or completions longer than `longest` tokens.
         FolderError: there are none.
     """
     folder = records_of(replay)
@@ -107,6 +114,16 @@ def check_replay(
             raise ConfigError(
                 f"the rollouts in {folder} were drawn with {setting} {drawn}, this run has "
                 f"{given}; replay them with the settings they were drawn with"
+            )
+    first = next(replayed(folder, 0), None)
+    if first is not None and parallel.ranks() == 1:
+        rows = len(first.groups)
+        tokens = max(len(each.tokens) for group in first.groups for each in group.completions)
+        if rows != batch_size or tokens > longest:
+            raise ConfigError(
+                f"the first micro-batch in {folder} is of {rows} prompts, with completions of up "
+                f"to {tokens} tokens; this run has --batch-size {batch_size} and --max-new-tokens "
+                f"{longest}; replay them with the settings they were drawn with"
             )
     if there < micro_batches:
         raise ConfigError(

@@ -10,6 +10,7 @@ a folder                all text files below it, or all its .jsonl and .parquet 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -206,6 +207,8 @@ def _field(record: Record, field: str) -> Any:
 def _said(role: str, value: Any, field: str, source: str) -> list[Message]:
     if isinstance(value, str):
         return [Message(role, _whole(value, source))]
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return [Message(role, str(value))]  # the answer to a sum
     return _messages(value, field, source)
 
 

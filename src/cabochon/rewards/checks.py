@@ -24,9 +24,11 @@ _FENCED = re.compile(r"^```[^\n`]*\n(.*?)(?:^```\s*$|\Z)", re.DOTALL | re.MULTIL
 _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!?][\"')\]]*(?=\s|$)")
 
 _NUMBER = re.compile(
-    r"(?<![\w.])[-\u2212+]?[$\u20ac\u00a3]?"  # a sign, a currency
-    r"(?P<number>[-\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:\s?/\s?(?P<below>\d+)(?![\d/]))?"
+    r"(?<![\w./])(?<!\d,)[-\u2212+]?[$\u20ac\u00a3]?"  # a sign, a currency
+    r"(?P<number>[-\u2212]?(?:(?>\d{1,3}(?:[,\u00a0\u2009\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?+|\.\d++)"
+    r"(?:[eE][-+]?\d{1,3}(?!\d))?+)"
+    r"(?![.,]\d|[eE][-+]?\d)"  # 1.000.000, 1,5 and the like are no one number
+    r"(?:\s?/\s?(?P<below>\d++)(?!/|[.,]\d))?+(?!\s?/\s?\.?\d)"
 )
 _MARK = "####"
 """Behind it GSM8K writes the answer."""
@@ -119,13 +121,14 @@ def answer_number(text: str, *, marked: bool = False) -> Fraction | None:
 def number_in(text: str, *, last: bool = False) -> Fraction | None:
     """The first (or last) number of a text, exactly; None where there is none.
 
-    1,000 is 1000, 0.50 is 1/2, and 3/4 is itself; percent signs and units are left aside.
+    1,000 is 1000, 0.50 is 1/2, 1.5e3 is 1500, and 3/4 is itself; percent signs and units are left
+    aside. What can be read as different numbers (1,5 or 1.000.000) is none.
     """
     found = list(_NUMBER.finditer(text))
     if not found:
         return None
     chosen = found[-1 if last else 0]
-    digits = chosen["number"].replace(",", "").replace("\u2212", "-")
+    digits = re.sub("[,\u00a0\u2009\u202f]", "", chosen["number"]).replace("\u2212", "-")
     if len(digits) > LONGEST_NUMBER:
         return None
     before = chosen.group()[: chosen.start("number") - chosen.start()]

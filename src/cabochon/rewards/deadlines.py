@@ -16,7 +16,10 @@ from typing import TypeVar
 
 from cabochon.core.errors import ConfigError
 
-__all__ = ["Overdue", "within"]
+__all__ = ["LONGEST", "Overdue", "within"]
+
+LONGEST = threading.TIMEOUT_MAX
+"""Seconds that a timer can be set to: some centuries."""
 
 T = TypeVar("T")
 
@@ -33,10 +36,10 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
     Raises:
         Overdue: it took longer.
-        ConfigError: `seconds` is not above 0.
+        ConfigError: `seconds` is not above 0, or above `LONGEST`.
     """
-    if not seconds > 0.0:
-        raise ConfigError(f"a time limit must be above 0 seconds, got {seconds}")
+    if not 0.0 < seconds <= LONGEST:
+        raise ConfigError(f"a time limit is above 0 and at most {LONGEST:.0f} s, got {seconds}")
     main = threading.current_thread() is threading.main_thread()
     if main and hasattr(signal, "setitimer"):
         return _interrupted(seconds, call)

@@ -97,10 +97,7 @@ def _ask(reward: RewardFn, groups: Sequence[Group], called: str) -> Scores:
         return _given(reward, groups)
     except CabochonError:
         raise  # it names its sample already
-    except (
-        Exception,
-        Overdue,
-    ) as error:  # somebody's code: it is named
+    except (Exception, SystemExit, Overdue) as error:  # somebody's code: it is named
         raise DataError(
             f"{called} failed at {_culprit(reward, groups)}: {type(error).__name__}: {error}"
         ) from error
@@ -126,7 +123,7 @@ def _fails(reward: RewardFn, group: Group) -> bool:
     """Whether the reward raises an error, or gives another shape than 1 G."""
     try:
         total = _given(reward, [group]).total
-    except (Exception, Overdue):  # the error that led here, or its like
+    except (Exception, SystemExit, Overdue):  # the error that led here, or its like
         return True
     return not isinstance(total, Tensor) or tuple(total.shape) != (1, len(group.completions))
 

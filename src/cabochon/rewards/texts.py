@@ -115,7 +115,7 @@ def _asked(judge: Judge, prompt: str, completion: str, where: str, timeout_s: fl
         raise DataError(f"the reward {problem} at {_quoted(where, prompt, completion)}") from None
     except DataError as error:
         raise DataError(f"{error}; at {_quoted(where, prompt, completion)}") from error
-    except Exception as error:  # somebody's code: whatever it raises is named and passed on
+    except (Exception, SystemExit) as error:  # somebody's code: whatever it raises is named
         problem = f"failed ({type(error).__name__}: {error})"
         raise DataError(f"the reward {problem} at {_quoted(where, prompt, completion)}") from error
     try:
