@@ -64,6 +64,8 @@ class Distinct:
 
 def distinct_tokens(batch: TokenBatch) -> Distinct | None:
     """The distinct tokens of a batch; None where too few are alike for it to pay."""
+    if batch.tokens.is_meta:
+        return None  # a rehearsal, which knows no tokens and counts all as distinct
     rows, length = batch.shape
     padding = batch.documents < 0
     begun = {tuple(row) for row in batch.tokens[:, :SHORTEST].tolist()}
