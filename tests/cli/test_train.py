@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -312,3 +313,28 @@ def test_ranks_train_together_and_the_first_alone_writes(
     alone, together = weights(workshop.run, 6), weights(out, 6)
     for name, weight in alone.items():
         torch.testing.assert_close(together[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_as_long_as_the_model_allows_where_nobody_says(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """256 tokens, or what a smaller model was made for; what is said too long is refused."""
+    small = shutil.copytree(workshop.model, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    words = (
+        "--model", small, "--data", workshop.corpus, "--steps", 1, "--batch-size", 2,
+        "--threads", 1, "--device", "cpu",
+    )  # fmt: skip
+    done = call("train", "pretrain", *words, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["context"] == 40
+    assert "longer than the 40 of a row" in call("doctor", "pretrain", *words).out
+    planned = call("plan", "pretrain", *words, "--json").answer
+    assert planned["tokens"]["per_update"] == 2 * 40
+    done = call("train", "pretrain", *words, "--context", 41, "--out", tmp_path / "no")
+    assert "give --context 40 or less" in done.err
+    assert "context must be at least 2" in call("train", "pretrain", *words, "--context", 1).err
+    fresh = ("--tokenizer", workshop.tokenizer, "--data", workshop.corpus, "--steps", 1, "--json")
+    assert call("plan", "pretrain", *fresh).answer["tokens"]["per_update"] == 8 * 256

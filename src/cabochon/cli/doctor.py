@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from cabochon.cli.output import answer, console
 from cabochon.cli.recipe import ALGORITHMS, Recipe, recipe_of
 from cabochon.cli.reward_checks import examine_rewards
 from cabochon.cli.rows import is_packed
-from cabochon.cli.session import load_tokenizer
+from cabochon.cli.session import load_tokenizer, with_context
 from cabochon.cli.settings import Architecture, RunSettings
 from cabochon.cli.teachers import TOKENIZER
 from cabochon.cli.words import unknown
@@ -100,8 +100,9 @@ def _examine_folder(folder: str) -> _Findings:
 
 def _examine_run(recipe: Recipe[Any], settings: Any) -> _Findings:
     findings = _Findings()
-    run: RunSettings = settings.run
     try:
+        run = with_context(settings.run)
+        settings = replace(settings, run=run)
         found = load_tokenizer(run)
     except CabochonError as error:
         findings.checks.append(Check(name="tokenizer", well=False, text=str(error)))

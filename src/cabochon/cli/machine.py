@@ -15,6 +15,7 @@ from cabochon.data.tokenizer import Tokenizer
 from cabochon.models.foreign import ForeignModel
 from cabochon.models.gemma.decoder import Gemma
 from cabochon.training import checkpoint
+from cabochon.weight_files import read_json
 
 __all__ = [
     "DTYPES",
@@ -23,6 +24,7 @@ __all__ = [
     "load_model",
     "model_folder",
     "refuse_rows_beyond",
+    "stated_context",
     "tokenizer_of",
     "use_threads",
 ]
@@ -117,6 +119,22 @@ def refuse_rows_beyond(context: int, rows: int, source: str) -> None:
             f"rows of {rows} tokens are longer than the {context} that {source} was made for; "
             f"give --context {context} or less"
         )
+
+
+def stated_context(folder: Path) -> int | None:
+    """How many tokens config.json of a model folder says that it was made for; None: it does not.
+
+    Raises:
+        FolderError: there is no config.json that can be read.
+    """
+    values = read_json(folder / "config.json")
+    inner = values.get("text_config")
+    for stated in (values, inner if isinstance(inner, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            longest = stated.get(name)
+            if isinstance(longest, int):
+                return longest
+    return None
 
 
 def load_backbone(path: str, precision: str, device: str) -> tuple[Backbone, Tokenizer]:

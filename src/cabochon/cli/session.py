@@ -22,6 +22,7 @@ from cabochon.cli.machine import (
     device_of,
     model_folder,
     refuse_rows_beyond,
+    stated_context,
     tokenizer_of,
 )
 from cabochon.cli.recipe import Recipe, Train, Training
@@ -43,7 +44,17 @@ from cabochon.training.precision import float32_weights
 from cabochon.training.runs import Outcome, Run, supervise
 from cabochon.weights.ema import ema
 
-__all__ = ["Session", "begins_from_folder", "config_for", "load_tokenizer", "prepare"]
+__all__ = [
+    "Session",
+    "begins_from_folder",
+    "config_for",
+    "load_tokenizer",
+    "prepare",
+    "with_context",
+]
+
+ROW = 256
+"""Tokens of a row where nobody says how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +203,20 @@ def _refuse_out_within_data(run: RunSettings) -> None:
                 f"--out {run.out} lies within the data folder {name}, whose files the run reads; "
                 "choose a folder outside it"
             )
+
+
+def with_context(run: RunSettings) -> RunSettings:
+    """The same with the length of a row: as was said, else 256, or what the model was made for.
+
+    Raises:
+        FolderError: the model folder cannot be read.
+    """
+    if run.context:
+        return run
+    longest = None
+    if begins_from_folder(run):
+        longest = stated_context(model_folder(run.model.source))
+    return dataclasses.replace(run, context=min(ROW, longest or ROW))
 
 
 def begins_from_folder(run: RunSettings) -> bool:

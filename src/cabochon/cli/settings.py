@@ -59,8 +59,9 @@ class RunSettings:
     """How much of each of `data`, in proportion; by their sizes when absent."""
     field: str = "text"
     """The field of a record that holds its text."""
-    context: int = 256
-    """Tokens of a row; longer documents are split (pretrain), see `too_long` for sft."""
+    context: int = 0
+    """Tokens of a row; longer documents are split (pretrain), see `too_long` for sft. 0: 256, or
+    fewer where the model that the run goes on from was made for fewer."""
     too_long: TooLong = "refuse"
     """Conversations longer than a row: refuse the first, or drop them all and say how many."""
     batch_size: int = 8
@@ -85,11 +86,14 @@ class RunSettings:
     """Also write the metrics for these viewers."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch_size", "checkpoint_every", "keep"):
+        for name in ("batch_size", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.context < 2:
-            raise ConfigError("context must be at least 2: a token and the one that follows it")
+        if self.context < 0 or self.context == 1:
+            raise ConfigError(
+                "context must be at least 2, a token and the one that follows it, or 0 for the "
+                f"default; got {self.context}"
+            )
         if not 0.0 <= self.ema < 1.0:
             raise ConfigError(f"ema must lie in [0, 1), got {self.ema}")
         if self.threads < 0:

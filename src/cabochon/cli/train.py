@@ -20,7 +20,7 @@ from cabochon.cli.progress import watching
 from cabochon.cli.ranks import begun_by_first, joined
 from cabochon.cli.recipe import AGENTS, Recipe, split_words
 from cabochon.cli.rewards import located
-from cabochon.cli.session import Session, begins_from_folder, prepare
+from cabochon.cli.session import Session, begins_from_folder, prepare, with_context
 from cabochon.cli.settings import RunSettings
 from cabochon.cli.teachers import kind
 from cabochon.cli.tracking import refuse_missing, trackers
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 def resolved(settings: Any) -> Any:
     """The settings with every default that depends on this machine or folder written out."""
-    run: RunSettings = settings.run
+    run = with_context(settings.run)
     source = _absolute(run.model.source) if begins_from_folder(run) else run.model.source
     fixed = dataclasses.replace(
         run,
