@@ -39,6 +39,7 @@ from cabochon.models.gemma.decoder import Gemma
 from cabochon.rewards.records import recorder
 from cabochon.training.anchors import anchor_of
 from cabochon.training.optimizers import OptimizerConfig, adamw
+from cabochon.training.process_memory import keep_freed_memory
 from side_by_side import compare, report, worker_arguments
 
 PROMPT, NEW, SAMPLES, STEPS = 64, 64, 4, 6
@@ -93,6 +94,7 @@ def now() -> tuple[float, float]:
 
 def ours(folder: Path, setting: str) -> tuple[list[tuple[float, float]], list[float], list[float]]:
     """The times around each update; its mean reward, and its tokens of a completion."""
+    keep_freed_memory()  # as every run of `cabochon train` does
     policy = read_gemma(folder)
     config = rlhf.Config(
         steps=STEPS,

@@ -20,6 +20,7 @@ from cabochon.training import checkpoint, parallel
 from cabochon.training.checkpoint import TrainingState
 from cabochon.training.interruption import StopRequest, stop_requests
 from cabochon.training.metrics import MetricsFile, Record, read_metrics
+from cabochon.training.process_memory import keep_freed_memory
 from cabochon.training.run_directory import Run, create
 
 __all__ = ["Outcome", "Record", "Run", "TrainingState", "create", "read_metrics", "supervise"]
@@ -63,7 +64,8 @@ def supervise(
 
     SIGINT and SIGTERM end the run after the present update and a checkpoint; a second SIGINT ends
     it at once, and then it resumes from the checkpoint before. Under torch.distributed every rank
-    calls this; rank 0 alone writes, and a signal to any rank ends all of them together.
+    calls this; rank 0 alone writes, and a signal to any rank ends all of them together. The process
+    keeps memory that it frees from then on, see `keep_freed_memory`.
 
     Args:
         run: not being written by another process.
@@ -90,6 +92,7 @@ def supervise(
         )
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     parallel.refuse_sharded(parameters)
+    keep_freed_memory()
     saving = _Saving(
         folder=run.checkpoints, state=state, every=save_every, keep=keep, keep_every=keep_every
     )
