@@ -26,7 +26,6 @@ __all__ = ["CELL", "first_layer", "has_cells"]
 
 CELL = 4
 """Pixels by which a cell is high and wide; four bytes in a row are copied as one number."""
-_PIXELS = CELL * CELL
 _ROWS = 32
 """Environments that share a stack: 3.6 MB with 4 frames of 84 x 84."""
 
@@ -67,10 +66,11 @@ class _FirstLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, every: Tensor, seen: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        turned = [_turned(weight, time) for time in range(seen.shape[2])]
+        times, _, depth = seen.shape
+        turned = [_turned(weight, time) for time in range(min(times, depth))]
         layer = weight.new_empty(*seen.shape[:2], *_sizes(every, weight), len(weight))
         for time, rows, stack in _stacks(every, seen):
-            convolved = nn.functional.conv2d(stack, turned[time % len(turned)], bias)
+            convolved = nn.functional.conv2d(stack, turned[time % depth], bias)
             torch.clamp_min(convolved.movedim(1, -1), 0.0, out=layer[time, rows])
         ctx.save_for_backward(every, seen, weight, layer)
         return layer
@@ -79,7 +79,8 @@ class _FirstLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor]:
         every, seen, weight, layer = ctx.saved_tensors
-        turned = [_turned(weight, time) for time in range(seen.shape[2])]
+        times, _, depth = seen.shape
+        turned = [_turned(weight, time) for time in range(min(times, depth))]
         by_turned = [torch.zeros_like(each) for each in turned]
         by_bias = weight.new_zeros(len(weight))
         for time, rows, stack in _stacks(every, seen):
@@ -88,7 +89,7 @@ class _FirstLayer(torch.autograd.Function):
                 passed.movedim(-1, 1), stack, turned[0], by_bias.shape,
                 (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, True),
             )  # fmt: skip
-            by_turned[time % len(turned)] += by_weight
+            by_turned[time % depth] += by_weight
             by_bias += of_bias
         back = [
             each.unflatten(1, weight.shape[1:3]).roll(-time, 1)
@@ -116,21 +117,17 @@ def _stacks(every: Tensor, seen: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
 
     Frame number i of `every` stands in place i % k, zeros where it is not seen.
     """
-    count, depth = seen.shape[1:]
-    channels, height, width = every.shape[2:]
+    times, count, depth = seen.shape
     hidden: dict[int, list[tuple[int, int]]] = {}
     for time, row, place in (~seen).nonzero().tolist():
         hidden.setdefault(time, []).append((row, (time + place) % depth))
     for begin in range(0, count, _ROWS):
         rows = slice(begin, min(begin + _ROWS, count))
-        stack = torch.empty(
-            rows.stop - begin, height // CELL, width // CELL, depth, channels * _PIXELS
-        )
-        for number in range(len(every)):
-            stack[..., number % depth, :] = _cells(every[number, rows])
-            time = number - depth + 1
-            if time < 0:
-                continue
+        stack = _cells(every[:depth, rows]).float()
+        for time in range(times):
+            if time:
+                newest = _cells(every[time + depth - 1, rows].unsqueeze(0))
+                stack[:, :, :, (time - 1) % depth] = newest.squeeze(3)
             for row, place in hidden.get(time, ()):
                 if begin <= row < rows.stop:
                     stack[row - begin, :, :, place] = 0.0
@@ -138,10 +135,10 @@ def _stacks(every: Tensor, seen: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
 
 
 def _cells(frames: Tensor) -> Tensor:
-    """n C H W bytes to n H/4 W/4 C*16: channel by channel, the pixels of each cell."""
+    """k n C H W bytes to n H/4 W/4 k C*16: channel by channel, the pixels of each cell."""
     height, width = (size // CELL for size in frames.shape[-2:])
     # A convolution without padding sees nothing of a last cell that is not whole.
     whole = frames[..., : height * CELL, : width * CELL].contiguous().view(torch.int32)
-    lines = whole.unflatten(2, (height, CELL))  # n C H/4 y W/4, each of four pixels
-    cells: Tensor = lines.permute(0, 2, 4, 1, 3).contiguous()
-    return cells.flatten(3).view(torch.uint8)
+    lines = whole.unflatten(3, (height, CELL))  # k n C H/4 y W/4, each of four pixels
+    cells: Tensor = lines.permute(1, 3, 5, 0, 2, 4).contiguous()
+    return cells.flatten(4).view(torch.uint8)
