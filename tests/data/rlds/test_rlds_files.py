@@ -18,7 +18,7 @@ from cabochon.data.rlds.datasets import WindowDataset
 from cabochon.data.rlds.frames import framed
 from cabochon.data.rlds.reader import Episodes, validate
 from cabochon.data.rlds.records import Episode, episode_of
-from cabochon.data.rlds.shards import FORMATS, ShardFormat
+from cabochon.data.rlds.shards import FORMATS, ShardFormat, write_shard
 from cabochon.data.rlds.spec import Array, Spec
 from cabochon.data.rlds.writer import EpisodeWriter
 
@@ -37,6 +37,12 @@ def dataset(tmp_path: Path, format: ShardFormat) -> Path:
         for episode in EPISODES:
             writer.write(episode)
     return tmp_path / "set"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_full_disk_is_an_error_of_the_system(format: ShardFormat) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        write_shard(Path("/dev/full"), format, [b"x" * 2**20])
 
 
 def simple(length: int, **metadata: object) -> Episode:

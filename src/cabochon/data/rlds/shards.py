@@ -46,18 +46,26 @@ def open_shard(path: Path, format: str, *, verify: bool = True) -> RecordFile:
 
 
 def write_shard(path: Path, format: ShardFormat, records: Iterable[bytes]) -> None:
-    """A new file with these records."""
+    """A new file with these records.
+
+    Raises:
+        OSError: it cannot be written: the disk is full, or the folder is for reading alone.
+    """
     if format == "tfrecord":
         with path.open("wb") as file:
             for record in records:
                 file.write(framed(record))
         return
-    writer = _library().ArrayRecordWriter(str(path), "group_size:1")
+    library = _library()
     try:
-        for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
+        writer = library.ArrayRecordWriter(str(path), "group_size:1")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+    except RuntimeError as error:  # of any failure of the system, which a caller tells from a fault
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 class _Frames:
