@@ -83,6 +83,23 @@ def test_loss_and_gradients_are_those_of_all_tokens(
     torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-11)
 
 
+def test_checkpointed_activations_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Gemma.init(CONFIG, Key(0), torch.float64), samples(2, 4)
+    model.checkpoint_activations = True
+    found = learned(model, batch)
+    torch.testing.assert_close(found, plainly(model, batch, monkeypatch), rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_of_many_samples_are_summed_in_float32() -> None:
+    batch = TokenBatch.of([drawn(0, 32)] * 600)
+    found = distinct_tokens(batch)
+    assert found is not None
+    x = torch.ones(1, 32, 1, dtype=torch.bfloat16, requires_grad=True)
+    found.spread(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad.float(), torch.full((1, 32, 1), 600.0))
+
+
 def test_each_prompt_is_one_run_and_each_token_is_itself() -> None:
     batch = samples(3, 4)
     found = distinct_tokens(batch)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cabochon.core.types import TokenBatch
-from cabochon.models.gemma.numerics import refuse_second_derivative
+from cabochon.models.gemma.numerics import refuse_second_derivative, wide_dtype
 
 __all__ = ["Distinct", "distinct_tokens"]
 
@@ -170,8 +170,9 @@ class _Spread(torch.autograd.Function):
         refuse_second_derivative()
         distinct: Distinct = ctx.distinct
         flat = grad.flatten(0, 1)
-        by_x = flat.index_select(0, distinct.places)
+        # A sum of many samples' gradients would stand still in bfloat16.
+        by_x = flat.index_select(0, distinct.places).to(wide_dtype(grad.dtype))
         # Part by part and not by `index_add_`: in the same order on every device.
         for part, whole in distinct.repeated:
             by_x[whole] += flat[part]
-        return by_x.unsqueeze(0), None
+        return by_x.to(grad.dtype).unsqueeze(0), None
