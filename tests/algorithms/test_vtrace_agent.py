@@ -1,6 +1,7 @@
 """The learner's loss against a loop; what is exact on policy; cuts are worth what would come."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,6 +139,19 @@ def test_large_rewards_are_clipped_in_the_loss_alone():
     assert after.report["reward"] > 1e5
 
 
+def test_scaled_rewards_are_the_loss_of_smaller_rewards():
+    model = network()
+    batch = random_batch(model, cut=[(2, 0)], ended=[(4, 1)])
+    scaled = vtrace_agent.objective(vtrace_agent.Config(reward_scale=0.25))(model, batch)
+    clipped = vtrace_agent.objective(vtrace_agent.Config(reward_scale=0.25, max_abs_reward=0.25))
+    smaller = replace(batch, reward=0.25 * batch.reward)
+    plain = vtrace_agent.objective(vtrace_agent.Config())
+    assert scaled.total.item() == plain(model, smaller).total.item()
+    assert scaled.report["reward"] == batch.reward[1:].sum()
+    within = replace(batch, reward=0.25 * batch.reward.clamp(-1.0, 1.0))
+    assert clipped(model, batch).total.item() == plain(model, within).total.item()
+
+
 def cartpole(seed=0, runtime="inline", **method):
     spec, key = EnvironmentSpec(name="CartPole-v1"), Key(seed)
     config = vtrace_agent.Config(**{"steps": 6, "unroll_length": 5, "batch_size": 4, **method})
@@ -188,6 +202,7 @@ def test_what_cannot_be_is_refused():
         {"discount": 1.1}, {"rho_bar": 0.5}, {"batch_size": 0}, {"trace": -1.0},
         {"max_abs_reward": 0.0}, {"max_abs_reward": nan}, {"max_grad_norm": -1.0},
         {"baseline_cost": nan}, {"entropy_cost": nan}, {"kl_cost": math.inf},
+        {"reward_scale": 0.0}, {"reward_scale": math.inf},
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(wrong)).rpartition("_")[2]):
             vtrace_agent.Config(**wrong)

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from workshop import call
 
+from cabochon.cli.vtrace_agent import RECIPE, HeadSettings, VtraceAgentSettings
 from cabochon.data.rlds.reader import Episodes
+from cabochon.models.agents.networks import NetworkConfig, Signature
 from cabochon.training.metrics import read_metrics
 
 pytest.importorskip("gymnasium")
@@ -155,3 +157,17 @@ def test_a_plan_says_what_fits(tmp_path: Path) -> None:
     done = call("plan", "vtrace_agent", *many)
     assert done.code == 1
     assert "does not fit" in done.out
+
+
+def test_policy_and_value_have_layers_of_their_own_where_nothing_else_is_said() -> None:
+    vector = Signature(shape=(4,), dtype="float32", actions=2)
+    picture = Signature(shape=(8, 8), dtype="uint8", actions=2)
+    shared, own = NetworkConfig(hidden=(32,)), HeadSettings(own_layers=(8,))
+    for settings, seen, widths in (
+        (VtraceAgentSettings(), vector, [64, 64]),
+        (VtraceAgentSettings(), picture, []),
+        (VtraceAgentSettings(network=shared), vector, []),
+        (VtraceAgentSettings(network=shared, heads=own), vector, [8]),
+        (VtraceAgentSettings(heads=own), picture, [8]),
+    ):
+        assert RECIPE.head_settings(settings, seen) == {"hidden": widths}

@@ -63,8 +63,12 @@ class Config:
     baseline_cost: float = 0.5
     entropy_cost: float = 0.01
     kl_cost: float = 0.0
+    reward_scale: float = 1.0
+    """Rewards are multiplied by it in the loss; never in the returns reported. It keeps values
+    small: those in hundreds take long to be learned, and spoil layers shared with the policy."""
     max_abs_reward: float | None = None
-    """Rewards are clipped to it in the loss, where it is given; never in the returns reported."""
+    """Scaled rewards are clipped to it in the loss, where it is given; never in the returns
+    reported."""
     lag: int = 0
     """With --runtime inline: unrolls wait for so many updates before they are learned from."""
     max_lag: int | None = None
@@ -97,6 +101,8 @@ class Config:
              "not negative (correction importance has no bounds)"),
             (not all(0.0 <= cost < math.inf for cost in costs),
              f"costs must be finite and not negative, got {costs}"),
+            (not 0.0 < self.reward_scale < math.inf,
+             f"reward_scale must be above 0 and finite, got {self.reward_scale}"),
             (self.max_abs_reward is not None and not self.max_abs_reward > 0.0,
              f"max_abs_reward must be above 0, or absent, got {self.max_abs_reward}"),
             (self.lag < 0 or (self.max_lag or 0) < 0, "lag and max_lag must not be negative"),
@@ -231,7 +237,7 @@ def train(
 
 def _rewards(config: Config, batch: UnrollBatch, finals: Mapping[str, Tensor]) -> Tensor:
     """T B: of each transition, with the value of what an episode cut short would have brought."""
-    rewards = batch.reward[1:].float()
+    rewards = config.reward_scale * batch.reward[1:].float()
     if config.max_abs_reward is not None:
         rewards = rewards.clamp(-config.max_abs_reward, config.max_abs_reward)
     if finals:

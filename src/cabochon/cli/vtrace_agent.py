@@ -31,8 +31,8 @@ class HeadSettings:
     """What policy and value do not share."""
 
     own_layers: tuple[int, ...] | None = None
-    """Widths of the layers that each has to itself; when absent 64 and 64 where the observation is
-    no picture, and none where it is one."""
+    """Widths of the layers that each has to itself; when absent none for pictures or where --hidden
+    gives layers to share, else 64 and 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class VtraceAgentSettings:
 def _head_settings(settings: VtraceAgentSettings, signature: Signature) -> Mapping[str, Any]:
     own = settings.heads.own_layers
     if own is None:
-        own = () if signature.is_picture else (64, 64)
+        shares = signature.is_picture or settings.network.hidden
+        own = () if shares else (64, 64)
     return {"hidden": list(own)}
 
 
