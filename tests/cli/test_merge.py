@@ -184,3 +184,37 @@ def test_a_merge_that_is_killed_leaves_no_folder_and_the_next_one_sweeps(
     assert call(*words).code == 0
     assert not list(tmp_path.glob(".partial-out-*"))
     assert cabochon.load(tmp_path / "out")
+
+
+def test_runs_that_began_elsewhere_are_remarked_on(workshop: Workshop, tmp_path: Path) -> None:
+    """By their manifests, run before run; what lies in no run tells nothing."""
+    elsewhere = moved(workshop.model, tmp_path / "elsewhere", 9)
+    words = ("--steps", 1, "--checkpoint-every", 1)
+
+    def trained(name: str, source: Path) -> Path:
+        done = workshop.train(
+            "--model", source, *words, "--seed", ord(name), "--out", tmp_path / name
+        )
+        assert done.code == 0, done.err
+        return tmp_path / name
+
+    a, c = trained("a", workshop.run), trained("c", elsewhere)
+    b = trained("b", a)
+
+    def remarks(*models: Path, how: str = "slerp", base: Path = workshop.run) -> list[str]:
+        place = tmp_path / f"merge{len(list(tmp_path.iterdir()))}"
+        done = call("merge", how, *models, "--base", base, "--out", place, "--json", "--threads", 1)
+        assert done.code == 0, done.err
+        return [each for each in done.answer["remarks"] if "did not begin" in each]
+
+    assert remarks(a, b) == []
+    (said,) = remarks(a, c)
+    assert f"{c} did not begin from" in said
+    assert str(elsewhere) in said
+    assert remarks(b, moved(workshop.model, tmp_path / "plain", 3)) == []
+    assert len(remarks(b, c, base=elsewhere)) == 1
+    done = call("merge", "cosine", a, c, "--base", workshop.run, "--threads", 1)
+    assert f"remark: {c} did not begin from" in " ".join(done.err.split())
+    fresh = workshop.train(*words, "--out", tmp_path / "fresh")
+    assert fresh.code == 0, fresh.err
+    assert "it made a new model" in remarks(a, tmp_path / "fresh")[0]

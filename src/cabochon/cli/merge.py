@@ -191,18 +191,22 @@ def _towards(argv: Sequence[str]) -> int:
 
 
 def _merge(formula: Formula, models: Sequence[str], base: str | None, output: Output) -> int:
+    from cabochon.cli.lineage import strangers
     from cabochon.cli.output import answer, say
     from cabochon.weights.folders import merge
 
+    folders, start = [_folder(model) for model in models], None if base is None else _folder(base)
+    unrelated = [] if start is None else strangers(folders, start)
     record = merge(
         formula,
-        [_folder(model) for model in models],
+        folders,
         output.out,
-        base=None if base is None else _folder(base),
+        base=start,
         dtype=output.dtype,
         shard_bytes=_bytes(output.shard_size),
         workers=_workers(output.threads),
     )
+    record = {**record, "remarks": [*record["remarks"], *unrelated]}
     for remark in record["remarks"]:
         say(f"remark: {remark}")
     if output.json:
@@ -215,19 +219,16 @@ def _merge(formula: Formula, models: Sequence[str], base: str | None, output: Ou
 
 def _cosine(argv: Sequence[str]) -> int:
     settings = _parsed(CosineSettings, argv, "cosine")
+    from cabochon.cli.lineage import strangers
     from cabochon.cli.output import answer, say
     from cabochon.weights.folders import task_vectors
     from cabochon.weights.geometry import together
 
     if not settings.models:
         raise ConfigError("of which models? cabochon merge cosine MODEL ... --base MODEL")
-    vectors, remarks = task_vectors(
-        _folder(settings.base),
-        [_folder(model) for model in settings.models],
-        settings.per,
-        workers=_workers(settings.threads),
-    )
-    for remark in remarks:
+    base, models = _folder(settings.base), [_folder(model) for model in settings.models]
+    vectors, remarks = task_vectors(base, models, settings.per, workers=_workers(settings.threads))
+    for remark in [*remarks, *strangers(models, base)]:
         say(f"remark: {remark}")
     rows = {**vectors, "all": together(vectors.values())}
     if settings.json:
