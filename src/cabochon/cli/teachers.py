@@ -78,6 +78,8 @@ class TeacherSettings:
     """With cross_tokenizer: its tokenizer folder; the teacher folder's own when absent."""
 
     def __post_init__(self) -> None:
+        if self.teacher_top_k < 1:
+            raise ConfigError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}")
         if self.teacher_cache and kind(self.teacher_cache) != "cache":
             raise ConfigError(
                 f"--teacher-cache {self.teacher_cache} is no teacher cache; make one: cabochon "

@@ -32,8 +32,10 @@ def scheduled(kind: Kind, *, total: int, warmup: int | None = None, floor: float
         floor: what a cosine or a line ends at.
 
     Raises:
-        ConfigError: `warmup` is longer than the run, or `floor` is no fraction.
+        ConfigError: there are no updates, `warmup` is longer than the run, or `floor` no fraction.
     """
+    if total < 1:
+        raise ConfigError(f"steps must be at least 1, got {total}")
     rise = min(USUAL_WARMUP, total // 10) if warmup is None else warmup
     if kind == "constant":
         _decay(total, rise, floor, float)  # the same bounds hold
