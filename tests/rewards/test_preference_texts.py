@@ -104,6 +104,40 @@ def test_of_plain_texts_it_scores_what_a_pipeline_of_transformers_scores(
     assert judge[1].bos_id == encode_exchange(judge[1], exchange("a", "b"))[0]
 
 
+def test_a_published_gemma_is_read_as_its_template_writes_it(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Trimmed, and with the line's end behind the last turn, which pairs of our own do not have."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma2Config(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=128,
+        num_labels=1, pad_token_id=0, eos_token_id=1, bos_token_id=2, initializer_range=0.4,
+    )  # fmt: skip
+    transformers.Gemma2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for message in messages %}"
+        "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+        "<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    )
+    theirs, classifier = in_transformers(tmp_path)
+    assert not folders.saved_here(tmp_path)
+    judge = folders.load_reward(tmp_path)
+    talk = [{"role": each.role, "content": each.content} for each in TALK]
+    for text in ANSWERS:
+        told = theirs.apply_chat_template(
+            [*talk, {"role": "model", "content": text}], return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            expected = classifier(**told).logits[0]
+        assert encode_exchange(judge[1], exchange(TALK, text)) == told["input_ids"][0].tolist()
+        found = preferred_texts(*judge)([exchange(TALK, text)])
+        torch.testing.assert_close(found, expected)
+    ours = encode_exchange(judge[1], exchange(TALK, "8"), trained_here=True)
+    assert ours[-1] == tokenizer.control("end_of_turn")
+
+
 def exchange(prompt: str | tuple[Message, ...], completion: str) -> Exchange:
     return Exchange(prompt=prompt, completion=completion, name="sample 7")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -63,20 +64,25 @@ def render_template(
     Raises:
         DataError: the template refuses the conversation or is not valid jinja.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = datetime.now().strftime
     try:
-        return environment.from_string(template).render(
+        return _compiled(template).render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=open_turn,
             **names,
         )
     except (jinja2.TemplateError, *_FAILURES_WITHIN) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
 
 
 _FAILURES_WITHIN = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
