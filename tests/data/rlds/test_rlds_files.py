@@ -39,6 +39,31 @@ def dataset(tmp_path: Path, format: ShardFormat) -> Path:
     return tmp_path / "set"
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        (
+            "features.json",
+            '"dimensions": [',
+            '"dimensions": ["many", ',
+            "invalid literal .* 'many'",
+        ),
+        ("features.json", '"featuresDict"', '"features"', "'featuresDict' is missing"),
+        ("dataset_info.json", '"shardLengths": [', '"shardLengths": ["-1", ', "-1 is no number of"),
+        ("dataset_info.json", '"splits": [', '"splits": [3, ', "not as TensorFlow Datasets writes"),
+    ],
+)
+def test_files_beside_the_shards_that_say_nonsense_are_named(
+    dataset: Path, file: str, old: str, new: str, words: str
+) -> None:
+    place = dataset / file
+    text = place.read_text()
+    assert old in text
+    place.write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=f"{file}.*{words}"):
+        Episodes(dataset)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 def test_a_full_disk_is_an_error_of_the_system(format: ShardFormat) -> None:
     with pytest.raises(OSError, match="No space left on device"):

@@ -139,8 +139,8 @@ def read_info(folder: Path) -> DatasetInfo:
         splits = [
             SplitInfo(
                 name=each["name"],
-                template=each.get("filepathTemplate") or STANDARD,
-                shard_lengths=tuple(int(length) for length in each.get("shardLengths", [])),
+                template=str(each.get("filepathTemplate") or STANDARD),
+                shard_lengths=tuple(_count(length) for length in each.get("shardLengths", [])),
                 bytes=int(each.get("numBytes", 0)),
             )
             for each in content.pop("splits", [])
@@ -152,7 +152,7 @@ def read_info(folder: Path) -> DatasetInfo:
             splits={split.name: split for split in splits},
             other=content,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{place} is not as TensorFlow Datasets writes it: {error!r}") from None
 
 
@@ -213,6 +213,13 @@ def shard_path(folder: Path, info: DatasetInfo, split: SplitInfo, index: int) ->
 def journal_path(folder: Path, info: DatasetInfo, split: str) -> Path:
     """Where a writer keeps what is not in a closed shard yet."""
     return folder / f"{info.name}-{split}.unfinished"
+
+
+def _count(text: Any) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(f"{number} is no number of episodes")
+    return number
 
 
 def _json(place: Path) -> dict[str, Any]:

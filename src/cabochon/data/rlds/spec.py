@@ -110,10 +110,13 @@ class Spec:
                 steps=_tree(steps, "steps"),
                 metadata={name: _feature(each, name) for name, each in features.items()},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except DataError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(
-                f"this is not the features.json of an RLDS dataset ({error!r} is missing): "
-                "expected a dictionary of features with a sequence called `steps`"
+                f"this is not the features.json of an RLDS dataset ({what}): expected a "
+                "dictionary of features with a sequence called `steps`"
             ) from None
 
     @staticmethod
