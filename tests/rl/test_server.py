@@ -158,11 +158,11 @@ def test_environments_that_never_begin_are_an_error(name, replacements):
 
 
 def test_a_hanging_environment_is_replaced_after_its_patience():
-    acting = ActingConfig(actors=2, environments=1, patience=0.3, replacements=1)
-    which = spec("Broken", how="hang", seconds=2.0)
+    acting = ActingConfig(actors=2, environments=1, patience=0.8, replacements=1)
+    which = spec("Broken", how="hang", seconds=4.0)
     with threads() as runtime:
         server = serve(runtime, which, acting, length=8)
-        with pytest.raises(DataError, match=r"hung: no answer to step within 0\.3 s"):
+        with pytest.raises(DataError, match=r"hung: no answer to step within 0\.8 s"):
             turns(server, lambda: False)
 
 

@@ -185,10 +185,10 @@ def test_waiting_for_some_gives_a_partial_batch(concurrent: Runtime) -> None:
 
 
 def test_who_hangs_is_noticed_named_and_replaced(concurrent: Runtime) -> None:
-    actor = concurrent.spawn(Member, name="a", patience=0.5)
+    actor = concurrent.spawn(Member, name="a", patience=1.0)
     actor.call("add", 1).result(60)
-    late = actor.call("sleep", 3.0)
-    with pytest.raises(ActorDied, match=r"actor a died: hung: no answer to sleep within 0\.5 s"):
+    late = actor.call("sleep", 4.0)
+    with pytest.raises(ActorDied, match=r"actor a died: hung: no answer to sleep within 1 s"):
         late.result(20)
     anew = concurrent.replace(actor)
     assert anew.call("add", 1).result(60) == 1
@@ -196,10 +196,10 @@ def test_who_hangs_is_noticed_named_and_replaced(concurrent: Runtime) -> None:
 
 def test_waiting_for_a_call_is_not_hanging(concurrent: Runtime) -> None:
     """Patience is each call's own: many short calls in a row are no long one."""
-    actor = concurrent.spawn(slow_to_come, 0.8, name="a", patience=0.7)
-    calls = [actor.call("sleep", 0.2) for _ in range(6)]
-    assert [call.result(60) for call in calls] == [0.2] * 6
-    time.sleep(0.9)
+    actor = concurrent.spawn(slow_to_come, 1.3, name="a", patience=1.2)
+    calls = [actor.call("sleep", 0.2) for _ in range(7)]
+    assert [call.result(60) for call in calls] == [0.2] * 7
+    time.sleep(1.3)
     assert actor.call("add", 1).result(60) == 1
 
 
