@@ -73,8 +73,7 @@ def _model(
 ) -> Check:
     folder = model_folder(name)
     model, own = folders.load_reward(folder)
-    unlike = tokenizer.difference(own)
-    if unlike is None:
+    if tokenizer.difference(own) is None:
         longest = max((len(each.ids) for each in prompts), default=0)
         text = (
             "the policy's own tokenizer, so it reads the tokens that are drawn; the longest prompt "
@@ -89,8 +88,8 @@ def _model(
         lengths.append(len(encode_exchange(own, empty, trained_here=here)))
     form = "plain texts" if plain else "conversations, in its own chat format"
     text = (
-        f"another tokenizer than the policy's ({unlike}), so it reads {form}; the longest prompt "
-        f"has {max(lengths):,} of its tokens, and it reads {model.context:,}"
+        f"another tokenizer than the policy's, so it reads {form}; the longest prompt has "
+        f"{max(lengths):,} of its tokens, and it reads {model.context:,}"
     )
     if max(lengths) >= model.context:
         text += "; take longer ones out, nothing is cut off"
