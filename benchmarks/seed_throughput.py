@@ -3,8 +3,9 @@
 ALE/Pong-v5, 84 x 84 grey pictures, 4 stacked, an action for 4 frames; the small network of IMPALA
 (16 8x8/4, 32 4x4/2, 256), 32 environments, unrolls of 20 steps, an Adam step on 640 transitions.
 A frame here is a step of an environment, for which the emulator plays 4. Ours is `vtrace_agent`
-with actors in threads: central inference on one side, the learner on the other. The peers, each
-with the same environments, network and loss function unless it says otherwise:
+with one actor of 32 environments, which threads of ale-py's own step, with central inference on one
+side and the learner on the other, a thread of torch's each (`--threads 1`). The peers, each with
+the same environments, network and loss function unless it says otherwise:
 
     impala    acts and learns in turn, V-trace, one update for each rollout, ale-py's vector of
               environments in C++: the strongest program that is not asynchronous
@@ -301,11 +302,12 @@ def _of_torchrl(data: Any) -> dict[str, Tensor]:
 
 def ours(
     *,
-    actors: int = 2,
-    each: int = ENVIRONMENTS // 2,
+    actors: int = 1,
+    each: int = ENVIRONMENTS,
     batch: int = 0,
     updates: int = UPDATES,
     runtime: str = "threads",
+    threads: int = 1,
 ) -> dict[str, float]:
     """Seconds for UPDATES updates of `vtrace_agent` of 640 transitions each, from fewer or more."""
     from cabochon.algorithms import vtrace_agent
@@ -316,6 +318,7 @@ def ours(
     from cabochon.rl.inference import sample
     from cabochon.rl.server import ActingConfig
 
+    torch.set_num_threads(threads)  # of the learner, and of the inference that runs beside it
     spec = EnvironmentSpec(name=GAME)
     network = build(
         NetworkConfig(torso="impala_small", frame_stack=4),
