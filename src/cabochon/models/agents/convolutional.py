@@ -65,14 +65,15 @@ def convolutions(kind: Torso, shape: tuple[int, int, int], width: int) -> nn.Seq
         ConfigError: the picture is too small for the network, or `kind` is none of pictures.
     """
     channels = shape[0]
+    relu = nn.ReLU(inplace=True)  # nobody needs what a layer said before it
     if kind == "impala_small":
         body: list[nn.Module] = [
-            nn.Conv2d(channels, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU(),
+            nn.Conv2d(channels, 16, 8, 4), relu, nn.Conv2d(16, 32, 4, 2), relu,
         ]  # fmt: skip
     elif kind == "nature":
         body = [
-            nn.Conv2d(channels, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, 1), nn.ReLU(),
+            nn.Conv2d(channels, 32, 8, 4), relu, nn.Conv2d(32, 64, 4, 2), relu,
+            nn.Conv2d(64, 64, 3, 1), relu,
         ]  # fmt: skip
     elif kind == "impala_deep":
         body = []
@@ -80,7 +81,7 @@ def convolutions(kind: Torso, shape: tuple[int, int, int], width: int) -> nn.Seq
             body += [nn.Conv2d(channels, wider, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
             body += [Residual(wider), Residual(wider)]
             channels = wider
-        body.append(nn.ReLU())
+        body.append(relu)
     else:
         raise ConfigError(
             f"{kind} is no torso for pictures; take impala_small, impala_deep, nature"
@@ -90,7 +91,7 @@ def convolutions(kind: Torso, shape: tuple[int, int, int], width: int) -> nn.Seq
         features = layers(torch.zeros(1, *shape)).shape[1]
     except RuntimeError as error:
         raise ConfigError(f"pictures of {shape} are too small for the torso {kind}") from error
-    return nn.Sequential(layers, nn.Linear(features, width), nn.ReLU())
+    return nn.Sequential(layers, nn.Linear(features, width), relu)
 
 
 def convolved(torso: nn.Sequential, frames: Frames) -> Tensor:
