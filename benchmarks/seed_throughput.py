@@ -317,7 +317,9 @@ def ours(
     from cabochon.rl.environment import EnvironmentSpec, signature_of
     from cabochon.rl.inference import sample
     from cabochon.rl.server import ActingConfig
+    from cabochon.training.process_memory import keep_freed_memory
 
+    keep_freed_memory()  # as every run of `cabochon train` does
     torch.set_num_threads(threads)  # of the learner, and of the inference that runs beside it
     spec = EnvironmentSpec(name=GAME)
     network = build(

@@ -150,6 +150,18 @@ def test_equal_rewards_teach_nothing() -> None:
         assert found.report["sum_silent"] == 1.0
 
 
+def test_a_reward_for_being_cut_is_a_signal_where_the_others_are_equal() -> None:
+    policy, anchor = Table(0), Table(0)
+    config = rlhf.Config(samples=3, limit_reward=-1.0)
+    silent = set()
+    for _, experience in every_experience(policy, [1], 3):
+        stopped = {each.stopped for each in experience.groups[0].completions}
+        scores = replace(experience.scores, total=torch.full((1, 3), 0.1))
+        found = rlhf.scored(config, replace(experience, scores=scores), anchor)
+        silent.add((len(stopped), found.report["sum_silent"].item()))
+    assert silent == {(1, 1), (2, 0)}
+
+
 # --- training ------------------------------------------------------------------------------------
 
 

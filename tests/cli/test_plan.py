@@ -54,8 +54,8 @@ def test_the_peak_memory_of_a_real_run_is_what_was_planned(
 
 
 def rows(device: str) -> TokenBatch:
-    return TokenBatch(
-        tokens=torch.ones(2, 32, dtype=torch.int64, device=device),
+    return TokenBatch(  # no two tokens alike, which an update would compute once
+        tokens=torch.arange(64, device=device).view(2, 32),
         positions=torch.arange(32, device=device).expand(2, 32).contiguous(),
         documents=torch.zeros(2, 32, dtype=torch.int64, device=device),
         targets=torch.ones(2, 32, dtype=torch.int64, device=device),

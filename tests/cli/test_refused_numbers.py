@@ -42,6 +42,11 @@ def test_each_is_refused_by_its_name(algorithm: str) -> None:
                 build(settings_of(algorithm), {name: value}, origin="settings")
 
 
+def test_layers_have_a_width() -> None:
+    with pytest.raises(ConfigError, match="own_layers"):
+        build(settings_of("vtrace_agent"), {"own_layers": [64, -1]}, origin="settings")
+
+
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, *AGENTS])
 def test_there_is_no_run_directory_then(algorithm: str, tmp_path: Path) -> None:
     done = call("train", algorithm, "--max-grad-norm", "nan", "--out", tmp_path / "run")

@@ -44,6 +44,13 @@ def test_it_leaves_a_policy_a_report_and_results_and_goes_on_when_resumed(
     parts = found["alignment"]["policies"][0]["parts"]
     assert list(parts) == ["matches:e", "length:4"]
     assert {"policy", "report.html", "iteration_1_merged"} <= {each.name for each in out.iterdir()}
+    again = [
+        "train", "rlhf", "--model", str(given / "model"), "--plain", "--replay",
+        str(out / "iteration_1_member_1"), "--steps", "2", "--batch-size", "2", "--samples", "2",
+        "--max-new-tokens", "6", "--threads", "1", "--out", str(tmp_path / "again"),
+    ]  # fmt: skip
+    assert main(again) == 0
+    capsys.readouterr()
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["reward"] == ["matches:e", "length:4"]
     (out / "results.json").unlink()

@@ -46,6 +46,16 @@ ALIGNED = {
 }
 
 
+def test_policies_that_have_not_moved_are_drawn(tmp_path: Path) -> None:
+    """All KLs are 0, or below it by rounding; warnings are errors here."""
+    pytest.importorskip("matplotlib")
+    for kl in (0.0, -1e-7):
+        points = [{"kl": kl, "reward": 0.2}, {"kl": kl, "reward": 0.3}]
+        still = {"policies": [policy("start", "start", kl, 0.2), policy("m", "member", kl, 0.3)],
+                 "fronts": [{"label": "WARP", "role": "warp", "points": points}]}  # fmt: skip
+        picture({"alignment": {**ALIGNED, **still}}, tmp_path / "front.png")
+
+
 def test_a_gain_is_told_with_its_interval_and_its_price() -> None:
     assert gain_text(gain(0.1, 0.3)) == (
         "On held-out prompts parses rose from 0.300 to 0.500 (+0.200, 95% interval +0.100 to "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,11 +23,14 @@ GROUPS = [group("one", "a", "bb"), group("two", "ccc", "dddd")]
 
 
 @contextmanager
-def server(answer: Callable[[dict[str, Any]], Any], delay_s: float = 0.0) -> Iterator[str]:
+def server(answer: Callable[[dict[str, Any]], Any], *, hangs: bool = False) -> Iterator[str]:
+    over = threading.Event()
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(delay_s if body["prompt"] == "two" else 0.0)
+            if hangs and body["prompt"] == "two":
+                over.wait()
             content = json.dumps(answer(body)).encode()
             known = self.path in ("/judge/score", "/judge/score?task=a&key=b")
             self.send_response(200 if known else 404)
@@ -41,8 +43,11 @@ def server(answer: Callable[[dict[str, Any]], Any], delay_s: float = 0.0) -> Ite
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
+        try:
+            yield f"http://127.0.0.1:{listening.server_port}"
+        finally:
+            over.set()
+            listening.shutdown()
 
 
 def lengths(body: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +90,10 @@ def test_an_answer_that_cannot_be_used_names_the_prompt(answer: Any, said: str) 
 
 def test_a_server_that_hangs_names_the_prompt() -> None:
     with (
-        server(lengths, delay_s=1.0) as url,
-        pytest.raises(ServerError, match=r"prompt 1 .*no answer within 0.2 s"),
+        server(lengths, hangs=True) as url,
+        pytest.raises(ServerError, match=r"prompt 1 .*no answer within 2 s"),
     ):
-        scores(served(once(f"{url}/judge/score", timeout_s=0.2), decode), GROUPS)
+        scores(served(once(f"{url}/judge/score", timeout_s=2.0), decode), GROUPS)
 
 
 def test_an_address_that_is_no_reward_says_so() -> None:

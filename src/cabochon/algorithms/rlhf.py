@@ -183,7 +183,7 @@ def scored(
     """
     found, temperature = completions_of(experience), config.sampling_temperature
     log_ratio = found.drawn - found.logprobs(anchor, temperature)
-    report = {**found.report, **kl_report(log_ratio)}
+    report = {**found.report, **kl_report(log_ratio), "sum_silent": config.returns.silent(found)}
     if beginning is not None:
         report["kl_start"] = (found.drawn - found.logprobs(beginning, temperature)).sum()
     step = experience.number // config.accumulate

@@ -12,6 +12,7 @@ from cabochon.algorithms import vtrace_agent
 from cabochon.cli.agent_recipe import AgentRecipe, AgentRunSettings, AgentTraining
 from cabochon.cli.configuration import FLAT
 from cabochon.core import Key, Step
+from cabochon.core.errors import ConfigError
 from cabochon.models.agents.networks import (
     AgentNetwork,
     NetworkConfig,
@@ -33,6 +34,10 @@ class HeadSettings:
     own_layers: tuple[int, ...] | None = None
     """Widths of the layers that each has to itself; when absent none for pictures or where --hidden
     gives layers to share, else 64 and 64."""
+
+    def __post_init__(self) -> None:
+        if min(self.own_layers or (1,)) < 1:
+            raise ConfigError(f"own_layers are widths of 1 or more, got {self.own_layers}")
 
 
 @dataclass(frozen=True, kw_only=True)

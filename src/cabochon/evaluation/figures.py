@@ -207,6 +207,7 @@ def summary_png(
 def _draw_curves(axes: Axes, lines: Sequence[Line], *, x_label: str, y_label: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    places = [line.x for line in lines]
     for line in lines:
         colour = COLOURS[line.role]
         if line.faint:
@@ -224,7 +225,8 @@ def _draw_curves(axes: Axes, lines: Sequence[Line], *, x_label: str, y_label: st
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(*_limits(lines))
-    axes.set_xlim(0, max(max(line.x) for line in lines))
+    first, last = min(0.0, *map(min, places)), max(map(max, places))
+    axes.set_xlim(first, last if last > first else first + 1.0)
     _name_ends(axes, lines)
 
 

@@ -125,7 +125,9 @@ def reinforced(
 
     sequences = phase.rows * method.samples
     settings = asdict(method)
-    return _learned(bench, name, start, policy, anchor, settings, sequences, phase, key, updates)
+    return _learned(
+        bench, name, "rlhf", start, policy, anchor, settings, sequences, phase, key, updates
+    )
 
 
 def best_of_n(
@@ -165,7 +167,9 @@ def best_of_n(
 
     sequences = phase.rows * (method.samples + 1)
     settings = asdict(method)
-    return _learned(bench, name, start, policy, anchor, settings, sequences, phase, key, updates)
+    return _learned(
+        bench, name, "bond", start, policy, anchor, settings, sequences, phase, key, updates
+    )
 
 
 def merged_policies(
@@ -241,6 +245,7 @@ def _recalled(bench: Bench, witness: Recorder | None, first: int) -> Iterator[Ex
 def _learned(
     bench: Bench,
     name: str,
+    algorithm: str,
     start: Path,
     policy: Model,
     anchor: Anchor[Model],
@@ -261,7 +266,8 @@ def _learned(
         # Episodes need a library that the trainings do not.
         kept = importlib.util.find_spec("google_crc32c") is not None
         place = bench.folder / name / "rollouts"
-        notes = {"sampling_temperature": method["sampling_temperature"]}
+        temperature = method["sampling_temperature"]
+        notes = {"algorithm": algorithm, "sampling_temperature": temperature}
         with recorder(place, bench.tokenizer, notes=notes) if kept else nullcontext() as witness:
             yield from train(on_device, optimizer, begin, witness)
 

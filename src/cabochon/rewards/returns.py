@@ -99,13 +99,23 @@ class Returns:
                 f"{self.most:g}; nothing was learned from that. Raise kl_weight, lower the "
                 "learning rate, or look at what the reward likes"
             )
-        reward = completions.rows.reward
-        if self.limit_reward is not None:
-            reward = torch.where(completions.rows.stopped, reward, self.limit_reward)
+        reward = self._rewards(completions)
         if self.baseline == "value":
             return (reward.unsqueeze(1) - cost - future_sums(cost)) * mask
         above = gains((reward - cost.sum(1)).view(completions.shape), self.baseline)
         return above.view(-1, 1) * mask
+
+    def silent(self, completions: Completions) -> Tensor:
+        """(): how many groups have equal rewards alone, those of cut completions replaced."""
+        total = self._rewards(completions).view(completions.shape)
+        return (total.amax(1) == total.amin(1)).sum()
+
+    def _rewards(self, completions: Completions) -> Tensor:
+        """B float32."""
+        reward, stopped = completions.rows.reward, completions.rows.stopped
+        if self.limit_reward is None:
+            return reward
+        return torch.where(stopped, reward, self.limit_reward)
 
 
 def due(
@@ -148,7 +158,6 @@ def completions_of(experience: Experience) -> Completions:
     report = {f"reward_{name}": part.sum() for name, part in experience.scores.parts.items()}
     report |= {
         "sum_groups": torch.tensor(float(len(groups)), device=mask.device),
-        "sum_silent": (total.amax(1) == total.amin(1)).sum().to(drawn),
         "sum_surprisal": -drawn.sum(),
     }
     shape = (total.shape[0], total.shape[1])

@@ -334,9 +334,9 @@ class GymnasiumEnvironments:
         return answer
 
     def _reward(self, row: int, reward: Any) -> float:
-        if type(reward) is not float:
-            if np.ndim(reward) != 0 or np.asarray(reward).dtype.kind not in "fiub":
-                raise DataError(f"{self._where(row)} gave the reward {reward!r}, expected a number")
+        array = np.asarray(reward)
+        if array.ndim != 0 or array.dtype.kind not in "fiub":
+            raise DataError(f"{self._where(row)} gave the reward {reward!r}, expected a number")
         gained = float(reward)
         if not abs(gained) <= FLOAT32_MOST:
             raise NonFinite(
