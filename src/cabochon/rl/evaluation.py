@@ -19,13 +19,8 @@ from cabochon.core import Key
 from cabochon.core.errors import ConfigError, MissingExtra
 from cabochon.files import whole
 from cabochon.models.agents.networks import AgentNetwork
-from cabochon.rl.environment import (
-    Arrival,
-    Environments,
-    EnvironmentSpec,
-    environments,
-    gymnasium_environment,
-)
+from cabochon.rl.environment import Arrival, Environments, EnvironmentSpec, environments
+from cabochon.rl.gymnasium_environments import gymnasium_environment
 from cabochon.rl.inference import Choose
 
 __all__ = ["Played", "film", "greedy", "play", "save_gif"]
