@@ -121,7 +121,7 @@ def too_long(prompt: Prompt, run: RunSettings, *, room: int) -> str | None:
     if length + room > run.context:
         return (
             f"a prompt of {length} tokens leaves no room for {room} new ones in a row of "
-            f"{run.context} (--max-new-tokens, --context)"
+            f"{run.context}: lower --max-new-tokens"
         )
     if length + after > run.context:
         return f"prompt and completion have {length + after} tokens, a row holds {run.context}"
